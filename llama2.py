@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,12 +210,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        # ours, the paper gives none: std 0.02, and the two projections into the residual stream, wo and w2,
-        # scaled so that its variance does not grow with depth (as GPT-2 does)
+        # ours, the paper gives none: std 1/sqrt(columns), about the usual 0.02 at 7B and in proportion below; wo and
+        # w2, the projections into the residual stream, are scaled so that its variance does not grow with depth
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layers) if residual else 0.02)
+                nn.init.normal_(p, std=p.size(1) ** -0.5 / math.sqrt(2 * args.n_layers if residual else 1))
 
     def hidden(self, tokens, cache: KVCache | None = None):
         """What the layers make of tokens (B, T), normed: (B, T, D). With a cache, tokens continue what it holds."""
@@ -290,9 +291,10 @@ class Tokenizer:
                 normalization_rule_name="identity", remove_extra_whitespaces=False,     # text comes back unchanged
                 allow_whitespace_only_pieces=True, max_sentence_length=1 << 20, minloglevel=2)
         except RuntimeError as e:
-            most = re.search(r"value <= (\d+)", str(e))
-            raise ValueError(f"a vocabulary of {vocab_size} is too large for this text"
-                             + (f": it supports at most {most[1]}; set --vocab-size" if most else f": {e}")) from None
+            most, least = re.search(r"value <= (\d+)", str(e)), re.search(r"required_chars\. \d+ vs (\d+)", str(e))
+            hint = (f"at most {most[1]}" if most else f"at least {least[1]}, its bytes and characters" if least else e)
+            raise ValueError(f"a vocabulary of {vocab_size} does not fit this text, which needs {hint}: "
+                             "set --vocab-size") from None
         write_atomic(path, lambda file: file.write(model.getvalue()))
 
 
@@ -538,8 +540,7 @@ def open_run(config):
     if unfinished and not (config.resume or config.overwrite):
         raise ValueError(f"{out} holds an unfinished run: --resume it, choose another --out, or --overwrite it")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / ".writable", lambda file: None)      # find out now, not after hours
-    (out / ".writable").unlink(missing_ok=True)
+    tempfile.TemporaryFile(dir=out).close()     # can it be written? find out now, not after hours
     if not unfinished or config.overwrite:
         return out, None
     before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(config)))

@@ -181,7 +181,7 @@ def sums(rng) -> str:
 def documents(truth, seed: int = 1) -> dict[str, list[dict]]:
     """{source: [{"text": ...}, ...]}: the town's web in its natural mix, about 5 MB."""
     rng = random.Random(f"documents {seed}")
-    return {"encyclopedia": [{"text": article(rng, truth)} for _ in range(1200)],
+    return {"encyclopedia": [{"text": article(rng, truth)} for _ in range(1600)],
             "stories": [{"text": story(rng)} for _ in range(12000)],
             "web": [web_page(rng, truth) for _ in range(11000)],
             "arithmetic": [{"text": sums(rng)} for _ in range(5000)]}
