@@ -1,4 +1,4 @@
-"""Llama 2 in one file: the model, its tokenizer, sampling, checkpoints, and what the training scripts share.
+"""Llama 2 in one file: model, tokenizer, sampling, checkpoints, and what the scripts share.
 
 Shapes: B batch, T queries, S keys, D dim, H heads, K kv heads, hd head_dim, F ffn, V vocabulary.
 
@@ -7,8 +7,9 @@ Shapes: B batch, T queries, S keys, D dim, H heads, K kv heads, hd head_dim, F f
     A.2.1 KVCache, kv_cache_bytes
     §2.2  adamw, lr_at (warm-up, then cosine to a tenth)
 
-Parameter names, shapes and folders are those of Meta's release, so its weights load as they are. Nothing here
-is global: the cache is an argument, randomness comes from an explicit generator, forward returns logits.
+Parameter names, shapes and folders are those of Meta's release, so its weights load as they are.
+Nothing here is global: the cache is an argument, randomness comes from an explicit generator,
+forward returns logits.
 
     python llama2.py complete FOLDER "text"     continue a text with a trained model
 """
@@ -19,6 +20,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -33,10 +35,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 @dataclass
 class ModelArgs:
-    """The shape of a model, with the names of Meta's params.json. Raises ValueError for one that cannot be built."""
+    """The shape of a model, named as in Meta's params.json; ValueError if it cannot be."""
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
@@ -51,21 +53,23 @@ class ModelArgs:
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
+                     "max_seq_len"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"ModelArgs: {name}={value!r} must be a whole number of at least 1")
+                raise ValueError(f"ModelArgs: {name}={value!r} must be a whole number above 0")
         for name in ("ffn_dim_multiplier", "norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (name == "ffn_dim_multiplier" and value is None) and not value > 0:
                 raise ValueError(f"ModelArgs: {name}={value!r} must be above 0")
-        if self.dim % self.n_heads:
-            raise ValueError(f"ModelArgs: dim={self.dim} is not divisible by n_heads={self.n_heads}")
+        dim, heads, kv_heads = self.dim, self.n_heads, self.n_kv_heads
+        if dim % heads:
+            raise ValueError(f"ModelArgs: dim={dim} is not divisible by n_heads={heads}")
         if self.head_dim % 2:
-            raise ValueError(f"ModelArgs: dim={self.dim} / n_heads={self.n_heads} gives a head of {self.head_dim}; "
-                             "rotary embeddings turn pairs, so it must be even")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"ModelArgs: n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
+            raise ValueError(f"ModelArgs: dim={dim} / n_heads={heads} is a head of {self.head_dim};"
+                             " rotary embeddings turn pairs, so it must be even")
+        if heads % kv_heads:
+            raise ValueError(f"ModelArgs: n_heads={heads} not divisible by n_kv_heads={kv_heads}")
 
     @property
     def head_dim(self) -> int:
@@ -73,12 +77,13 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        hidden = int(2 * 4 * self.dim / 3)          # SwiGLU has three matrices: 2/3 keeps the parameters equal
+        hidden = int(2 * 4 * self.dim / 3)      # SwiGLU has three matrices: as many parameters
         hidden = int(hidden * (self.ffn_dim_multiplier or 1))
         return -(-hidden // self.multiple_of) * self.multiple_of
 
 
-SIZES = {   # 7B to 70B: Meta's params.json; 1B: TinyLlama's shape; 15M, 110M: llama2.c's; tiny: a laptop's
+# 7B to 70B: Meta's params.json; 1B: TinyLlama's shape; 15M, 110M: llama2.c's; tiny: a laptop's
+SIZES = {
     "tiny": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, multiple_of=32),
     "15M": dict(dim=288, n_layers=6, n_heads=6, multiple_of=32),
     "110M": dict(dim=768, n_layers=12, n_heads=12, multiple_of=32),
@@ -86,7 +91,8 @@ SIZES = {   # 7B to 70B: Meta's params.json; 1B: TinyLlama's shape; 15M, 110M: l
     "7B": dict(dim=4096, n_layers=32, n_heads=32),
     "13B": dict(dim=5120, n_layers=40, n_heads=40),
     "34B": dict(dim=8192, n_layers=48, n_heads=64, n_kv_heads=8),
-    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim_multiplier=1.3, multiple_of=4096),
+    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim_multiplier=1.3,
+                multiple_of=4096),
 }
 
 
@@ -97,38 +103,40 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        x32 = x.float()                             # bfloat16 squares lose the small values
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        x32 = x.float()                         # 16-bit squares lose the small values
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (x32 * scale).type_as(x) * self.weight
 
 
 def rotations(args: ModelArgs, positions):
-    """positions (..., T) -> complex64 (..., T, 1, hd/2): the turn of each pair of a head at each position."""
+    """positions (..., T) -> complex64 (..., T, 1, hd/2): how far each position turns each pair."""
     pairs = torch.arange(0, args.head_dim, 2, device=positions.device)
     angles = positions[..., None] * args.rope_theta ** (-pairs / args.head_dim)
     return torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
 
 
 def rotate(x, turns):
-    """Turn each interleaved pair (x[2i], x[2i+1]) of x (B, T, H, hd) by its angle; scores then depend on distance."""
+    """Turn each interleaved pair (x[2i], x[2i+1]) of x (B, T, H, hd): scores depend on distance."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))         # (B, T, H, hd/2)
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)         # (B, T, H, hd)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once for `batch` rows of at most `length` slots.
+    """Keys and values of the tokens so far, allocated once for `batch` rows of `length` slots.
 
-    Rows share their slots. Row b's first `pad[b]` slots are padding (prompts of different lengths are aligned
-    right); no token attends to them. `used` counts the filled slots and advances in Transformer.hidden alone.
+    Prompts of different lengths are aligned right: row b's first `pad[b]` slots are padding, and no
+    token attends to them. `used` counts the filled slots; it advances in Transformer.hidden alone.
     """
-    def __init__(self, args: ModelArgs, batch: int, length: int, pad=None, device="cpu", dtype=torch.float32):
+    def __init__(self, args: ModelArgs, batch: int, length: int, pad=None, device="cpu",
+                 dtype=torch.float32):
         shape = (args.n_layers, batch, args.n_kv_heads, length, args.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.pad = torch.zeros(batch, dtype=torch.long, device=device) if pad is None else pad.to(device)
+        self.pad = (torch.zeros(batch, dtype=torch.long) if pad is None else pad).to(device)
         self.used = 0
 
     def append(self, layer: int, k, v):
-        """Write k, v (B, K, T, hd) behind the filled slots; returns both up to and including them, (B, K, S, hd)."""
+        """Write k, v (B, K, T, hd) behind the filled slots; returns all so far, (B, K, S, hd)."""
         end = self.used + k.size(2)
         if end > self.k.size(3):
             raise ValueError(f"the KV cache has {self.k.size(3)} slots, and {end} are needed")
@@ -141,11 +149,11 @@ class KVCache:
         self.k, self.v, self.pad = self.k[:, rows], self.v[:, rows], self.pad[rows]
 
     def positions_and_mask(self, T: int):
-        """Of the next T tokens: positions in their own row (B, T), and the mask, True = may attend, (B, 1, T, S)."""
+        """Of the next T tokens: positions (B, T), and what each may see, (B, 1, T, S)."""
         slots = torch.arange(self.used + T, device=self.pad.device)
-        queries = slots[self.used:, None]                                   # (T, 1)
-        visible = (slots <= queries) & (slots >= self.pad[:, None, None])   # (B, T, S)
-        visible |= slots == queries     # a padding token sees itself: a row of no keys would be NaN
+        queries = slots[self.used:, None]                                       # (T, 1)
+        visible = (slots <= queries) & (slots >= self.pad[:, None, None])       # (B, T, S)
+        visible |= slots == queries     # a padding token sees itself: no keys at all would be NaN
         return (slots[self.used:] - self.pad[:, None]).clamp(min=0), visible[:, None]
 
 
@@ -155,7 +163,7 @@ def kv_cache_bytes(args: ModelArgs, batch: int, length: int, bytes_per_value: in
 
 
 class Attention(nn.Module):
-    """Causal attention; each of n_kv_heads key/value heads serves n_heads / n_kv_heads query heads in turn."""
+    """Causal attention; each key/value head serves n_heads / n_kv_heads query heads."""
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.hd = args.head_dim
@@ -165,15 +173,16 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * self.hd, args.dim, bias=False)
 
     def forward(self, x, turns, mask, cache, layer):
-        q = rotate(self.wq(x).unflatten(-1, (-1, self.hd)), turns).transpose(1, 2)      # (B, H, T, hd)
-        k = rotate(self.wk(x).unflatten(-1, (-1, self.hd)), turns).transpose(1, 2)      # (B, K, T, hd)
-        v = self.wv(x).unflatten(-1, (-1, self.hd)).transpose(1, 2)                     # (B, K, T, hd)
+        q = self.wq(x).unflatten(-1, (-1, self.hd))                             # (B, T, H, hd)
+        k = self.wk(x).unflatten(-1, (-1, self.hd))                             # (B, T, K, hd)
+        v = self.wv(x).unflatten(-1, (-1, self.hd)).transpose(1, 2)             # (B, K, T, hd)
+        q, k = rotate(q, turns).transpose(1, 2), rotate(k, turns).transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                                            # (B, K, S, hd)
-        # is_causal aligns queries and keys at the top left: right without a cache, wrong for a cached chunk
+            k, v = cache.append(layer, k, v)                                    # (B, K, S, hd)
+        # is_causal aligns queries and keys top left: right without a cache, wrong for a later chunk
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                             enable_gqa=k.size(1) != q.size(1))         # (B, H, T, hd)
-        return self.wo(out.transpose(1, 2).flatten(2))                                  # (B, T, D)
+                                             enable_gqa=k.size(1) != q.size(1))
+        return self.wo(out.transpose(1, 2).flatten(2))          # (B, H, T, hd) -> (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -202,7 +211,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) int64 -> logits (B, T, V). Logit t predicts token t+1."""
+    """Tokens (B, T) int64 -> logits (B, T, V). Logit t predicts token t+1.
+
+    With a cache, the tokens continue those it holds; without, they are whole sequences.
+    """
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
@@ -210,24 +222,24 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        # ours, the paper gives none: std 1/sqrt(columns), about the usual 0.02 at 7B and in proportion below; wo and
-        # w2, the projections into the residual stream, are scaled so that its variance does not grow with depth
+        # ours, the paper gives none: std 1/sqrt(columns), near the usual 0.02 at 7B; wo and w2
+        # write into the residual stream: scaled so that its variance does not grow with depth
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(p, std=p.size(1) ** -0.5 / math.sqrt(2 * args.n_layers if residual else 1))
+                nn.init.normal_(p, std=(p.size(1) * (2 * args.n_layers if residual else 1)) ** -0.5)
 
     def hidden(self, tokens, cache: KVCache | None = None):
-        """What the layers make of tokens (B, T), normed: (B, T, D). With a cache, tokens continue what it holds."""
+        """tokens (B, T) -> the last layer's output, normed, (B, T, D); see `forward`."""
         T = tokens.size(1)
-        if (cache.used if cache else 0) + T > self.args.max_seq_len + (int(cache.pad.max()) if cache else 0):
-            raise ValueError(f"{T} more tokens do not fit the context of {self.args.max_seq_len}")
-        if cache is None:
-            positions, mask = torch.arange(T, device=tokens.device), None
-        else:
+        if cache is not None:
             positions, mask = cache.positions_and_mask(T)
+        elif T > self.args.max_seq_len:
+            raise ValueError(f"{T} tokens do not fit the context of {self.args.max_seq_len}")
+        else:
+            positions, mask = torch.arange(T, device=tokens.device), None
         turns = rotations(self.args, positions)
-        x = self.tok_embeddings(tokens)                                     # (B, T, D)
+        x = self.tok_embeddings(tokens)                                         # (B, T, D)
         for layer, block in enumerate(self.layers):
             x = block(x, turns, mask, cache, layer)
         if cache is not None:
@@ -235,10 +247,10 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens, cache: KVCache | None = None):
-        return self.output(self.hidden(tokens, cache))                      # (B, T, V)
+        return self.output(self.hidden(tokens, cache))                          # (B, T, V)
 
 
-# ------------------------------------------------------------------------------------------ tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 class Tokenizer:
     """A SentencePiece model. Text never becomes a control id: "<s>" in a text is three characters.
 
@@ -249,17 +261,18 @@ class Tokenizer:
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
         except RuntimeError as e:
-            raise ValueError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]})") from None
-        self.vocab_size, self.bos_id, self.eos_id = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
-        self.pad_id = self.sp.pad_id()
+            why = str(e).splitlines()[0]
+            raise ValueError(f"{path}: not a SentencePiece model ({why})") from None
+        self.vocab_size, self.pad_id = self.sp.vocab_size(), self.sp.pad_id()
+        self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{path}: has no <s> or no </s>, which documents and dialogues begin and end with")
+            raise ValueError(f"{path}: has no <s> or no </s>, with which documents begin and end")
         self._newline = self.sp.encode("\n")
-        self.adds_space = self.sp.decode(self.sp.encode("a") * 2) != "aa"   # SentencePiece's add_dummy_prefix
+        self.adds_space = self.sp.decode(self.sp.encode("a") * 2) != "aa"   # before every text
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False, continuing: bool = False) -> list[int]:
-        """`continuing`: text follows on other text, so SentencePiece's space at the start is left out."""
-        # SentencePiece writes a space as U+2581, so a real U+2581 would come back as one: it is spelt in bytes
+    def encode(self, text: str, bos=False, eos=False, continuing=False) -> list[int]:
+        """`continuing`: it follows other text, so SentencePiece's space in front is left out."""
+        # SentencePiece writes a space as U+2581, so a real U+2581 is spelt in bytes
         first, *rest = text.split("\u2581")
         ids = self._encode_after_newline(first) if continuing else self.sp.encode(first)
         for part in rest:
@@ -277,7 +290,8 @@ class Tokenizer:
         """Bytes of text that each id stands for; 0 for control ids."""
         sp = self.sp
         return [0 if sp.is_control(i) or sp.is_unknown(i) else 1 if sp.is_byte(i)
-                else len(sp.id_to_piece(i).replace("\u2581", " ").encode()) for i in range(self.vocab_size)]
+                else len(sp.id_to_piece(i).replace("\u2581", " ").encode())
+                for i in range(self.vocab_size)]
 
     @staticmethod
     def train(texts, vocab_size: int, path):
@@ -286,23 +300,25 @@ class Tokenizer:
         lines = (line for text in texts for line in text.split("\n") if line)
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
-                split_digits=True, byte_fallback=True, character_coverage=0.9999,
-                normalization_rule_name="identity", remove_extra_whitespaces=False,     # text comes back unchanged
-                allow_whitespace_only_pieces=True, max_sentence_length=1 << 20, minloglevel=2)
+                sentence_iterator=lines, model_writer=model, model_type="bpe",
+                vocab_size=vocab_size, split_digits=True, byte_fallback=True,
+                character_coverage=0.9999, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+                max_sentence_length=1 << 20, minloglevel=2)
         except RuntimeError as e:
-            most, least = re.search(r"value <= (\d+)", str(e)), re.search(r"required_chars\. \d+ vs (\d+)", str(e))
-            hint = (f"at most {most[1]}" if most else f"at least {least[1]}, its bytes and characters" if least else e)
-            raise ValueError(f"a vocabulary of {vocab_size} does not fit this text, which needs {hint}: "
-                             "set --vocab-size") from None
+            most = re.search(r"value <= (\d+)", str(e))
+            least = re.search(r"required_chars\. \d+ vs (\d+)", str(e))
+            hint = f"at most {most[1]}" if most else f"at least {least[1]}" if least else e
+            raise ValueError(f"a vocabulary of {vocab_size} does not fit this text, which needs "
+                             f"{hint}: set --vocab-size") from None
         write_atomic(path, lambda file: file.write(model.getvalue()))
 
 
-# ------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 def top_p_filter(probs, top_p: float):
-    """Zero all but the smallest set of most likely tokens with a total of at least top_p. probs (B, V), unnormed."""
+    """Zero all of probs (B, V) but the fewest likeliest that sum to top_p or more."""
     ranked, order = probs.sort(-1, descending=True)
-    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0         # what stands before a token already suffices
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0     # what stands before a token suffices
     return torch.zeros_like(probs).scatter(-1, order, ranked)
 
 
@@ -318,47 +334,49 @@ def sample(logits, temperature: float, top_p: float, generator):
 
 @torch.inference_mode()
 def decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id):
-    """Yield (rows, ids), two equally long lists, for each step of decoding; see `generate`."""
-    args, device = model.args, model.output.weight.device
+    """Yield (prompts, ids), two equally long lists, for each step of decoding; see `generate`."""
+    context, device = model.args.max_seq_len, model.output.weight.device
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty: begin it with the BOS id")
-        if len(prompt) > args.max_seq_len:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, the context only {args.max_seq_len}")
+        if len(prompt) > context:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, the context only {context}")
     if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} above 0 and at most 1")
+        raise ValueError(f"temperature={temperature} must be at least 0, and top_p={top_p} above 0 "
+                         "and at most 1")
     generator = torch.Generator(device).manual_seed(seed)
-    left = [min(max_new_tokens, args.max_seq_len - len(prompt)) for prompt in prompts]
-    rows = [i for i in range(len(prompts)) if left[i] > 0]  # of each row of the batch: which prompt it is
+    left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    rows = [i for i in range(len(prompts)) if left[i] > 0]      # row of the batch -> its prompt
     if not rows:
         return
     longest = max(len(prompts[i]) for i in rows)
     pad = torch.tensor([longest - len(prompts[i]) for i in rows])
-    tokens = torch.tensor([[0] * int(p) + prompts[i] for i, p in zip(rows, pad)], device=device)    # (B, T)
-    cache = KVCache(args, len(rows), longest + max(left), pad, device, model.output.weight.dtype)
+    tokens = torch.tensor([[0] * int(p) + prompts[i] for i, p in zip(rows, pad)], device=device)
+    cache = KVCache(model.args, len(rows), longest + max(left), pad, device,
+                    model.output.weight.dtype)
     done = [False] * len(rows)
     while not all(done):
-        logits = model.output(model.hidden(tokens, cache)[:, -1])           # (B, V)
-        ids = sample(logits, temperature, top_p, generator)                 # (B,)
-        fresh = [(b, i, token) for b, (i, token) in enumerate(zip(rows, ids.tolist())) if not done[b]]
+        logits = model.output(model.hidden(tokens, cache)[:, -1])               # (B, V)
+        ids = sample(logits, temperature, top_p, generator)                     # (B,)
+        fresh = [(b, rows[b], token) for b, token in enumerate(ids.tolist()) if not done[b]]
         for b, i, token in fresh:
             left[i] -= 1
             done[b] = token == eos_id or left[i] == 0
         yield [i for _, i, _ in fresh], [token for _, _, token in fresh]
-        tokens = ids[:, None]                                               # (B, 1)
-        if sum(done) * 2 >= len(done) and not all(done):    # drop finished rows: half the batch, half the time
+        tokens = ids[:, None]                                                   # (B, 1)
+        if sum(done) * 2 >= len(done) and not all(done):    # half the rows take half the time
             alive = [b for b in range(len(rows)) if not done[b]]
             index = torch.tensor(alive, device=device)
             cache.keep(index)
             tokens, rows, done = tokens[index], [rows[b] for b in alive], [False] * len(alive)
 
 
-def generate(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
-             eos_id: int = -1) -> list[list[int]]:
-    """Continue each prompt (lists of ids, of any lengths) -> the new ids of each, up to and with its EOS.
+def generate(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+             seed: int = 0, eos_id: int = -1) -> list[list[int]]:
+    """Continue prompts, lists of ids of any lengths -> the new ids of each, EOS included.
 
-    A row ends at EOS, after max_new_tokens, or where the context is full: it is finished if its last id is EOS.
-    Raises ValueError for an empty prompt or one longer than the context.
+    An answer ends with EOS, after max_new_tokens, or where the context is full; it is finished if
+    its last id is EOS. Raises ValueError for a prompt that is empty or longer than the context.
     """
     outs = [[] for _ in prompts]
     for rows, ids in decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id):
@@ -369,7 +387,7 @@ def generate(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_
 
 def stream(model, tok: Tokenizer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0,
            top_p: float = 1.0, seed: int = 0):
-    """Yield the continuation of one prompt as text, token by token. Characters wait until their bytes are there."""
+    """Yield the continuation of one prompt as text, token by token, whole characters only."""
     ids, shown = list(prompt), tok.decode(prompt)
     for _, new in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, tok.eos_id):
         ids += new
@@ -380,9 +398,9 @@ def stream(model, tok: Tokenizer, prompt: list[int], max_new_tokens: int, temper
     yield tok.decode(ids)[len(shown):]
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def write_atomic(path, write):
-    """Call write(file) on a file beside `path`, flush it to disk, then rename: path is whole or as it was."""
+    """Let write(file) fill a file beside `path`, then rename it: path is whole, or as it was."""
     beside = Path(f"{path}.tmp")
     with open(beside, "wb") as file:
         write(file)
@@ -396,7 +414,7 @@ def write_json(path, value):
 
 
 def save(folder, model, tok: Tokenizer):
-    """Write a checkpoint folder in the layout of Meta's release. The weights come last: their file says it is whole."""
+    """Write a checkpoint folder in Meta's layout; the weights last, as a sign that it is whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "params.json", dataclasses.asdict(model.args))
@@ -405,7 +423,7 @@ def save(folder, model, tok: Tokenizer):
 
 
 def merge_shards(shards):
-    """Join the state dicts of Meta's tensor-parallel shards: by columns where a matrix's input was split."""
+    """Join Meta's tensor-parallel shards: by columns where a matrix's input was split."""
     def join(name):
         parts = [shard[name] for shard in shards]
         by_columns = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
@@ -414,14 +432,14 @@ def merge_shards(shards):
 
 
 def load(folder, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a checkpoint folder, ours or Meta's. Raises ValueError saying what is missing or wrong."""
+    """(model, tokenizer) of a checkpoint folder, ours or Meta's; ValueError says what is wrong."""
     folder = Path(folder)
     files = sorted(folder.glob("consolidated.*.pth"))
-    beside = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]    # Meta's lies one folder up
-    tokenizer = next((path for path in beside if path.is_file()), None)
+    tokenizers = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]    # Meta: one up
+    tokenizer = next((path for path in tokenizers if path.is_file()), None)
     if not files or not tokenizer or not (folder / "params.json").is_file():
-        raise ValueError(f"{folder}: no checkpoint here: params.json, consolidated.00.pth and tokenizer.model "
-                         "are needed; name a folder that training wrote, or Meta's")
+        raise ValueError(f"{folder}: no checkpoint here: params.json, consolidated.00.pth and "
+                         "tokenizer.model are needed; name a folder that training wrote, or Meta's")
     tok = Tokenizer(tokenizer)
     params = json.loads((folder / "params.json").read_text())
     if params.get("vocab_size", -1) == -1:      # as in Meta's files
@@ -430,36 +448,39 @@ def load(folder, device="cpu", dtype=torch.float32):
     if unknown:
         raise ValueError(f"{folder}/params.json: {', '.join(unknown)}: not a setting of Llama 2")
     try:
-        state = merge_shards([torch.load(file, map_location="cpu", weights_only=True) for file in files])
+        shards = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
         with torch.device("meta"):
             model = Transformer(ModelArgs(**params))
-        model.load_state_dict(state, assign=True)
-    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as e:
-        raise ValueError(f"{folder}: the weights cannot be loaded: {' '.join(str(e).split())[:300]}") from None
+        model.load_state_dict(merge_shards(shards), assign=True)
+    except (RuntimeError, KeyError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
+        why = " ".join(str(e).split())[:300]
+        raise ValueError(f"{folder}: the weights cannot be loaded: {why}") from None
     return model.to(device=device, dtype=dtype).eval(), tok
 
 
-# -------------------------------------------------------------------------- what the four scripts share
+# ---------------------------------------------------------------------- what the four scripts share
 def describe_settings(cls):
     """{field: its trailing comment} of a settings dataclass: the comments are the documentation."""
-    lines = re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M)
-    return dict(lines)
+    return dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
 
 
 def parse_settings(cls, paper: dict, description: str, argv=None):
-    """A `cls` from the command line: one --option a field; --recipe paper starts from the `paper` column."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A `cls` from the command line, an --option a field; --recipe paper starts from `paper`."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(f"{message}; --help lists every setting")
-    parser.add_argument("--recipe", choices=("laptop", "paper"), default="laptop", help="which column to start from")
+    if paper:
+        parser.add_argument("--recipe", choices=("laptop", "paper"), default="laptop",
+                            help="whose values to start from (default: laptop)")
     comments = describe_settings(cls)
     for field in dataclasses.fields(cls):
-        how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}.get(
-            field.type, dict(type=field.type))
+        how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}
         beside = f"; paper: {paper[field.name]}" if field.name in paper else ""
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **how,
-                            help=f"{comments[field.name]} (default: {field.default}{beside})".replace("%", "%%"))
+        text = f"{comments[field.name]} (default: {field.default}{beside})"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"),
+                            default=argparse.SUPPRESS, **how.get(field.type, dict(type=field.type)))
     given = vars(parser.parse_args(argv))
-    return cls(**(paper if given.pop("recipe") == "paper" else {}) | given)
+    return cls(**(paper if given.pop("recipe", "") == "paper" else {}) | given)
 
 
 def stop(message):
@@ -484,16 +505,16 @@ def run_script(main, cls, paper: dict):
 
 
 def setup(device: str = "auto"):
-    """(device, rank, world): joins the process group when torchrun started several, and shares out the cores."""
+    """(device, rank, world): joins torchrun's process group and shares out the cores."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, on_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-    if world > 1:
-        torch.set_num_threads(max(1, cores() // on_node))   # each process would otherwise take every core, or one
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if world > 1:       # else each process would take every core, or, as torchrun has it, just one
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device), rank, world
@@ -520,11 +541,12 @@ def adamw(model, lr, weight_decay, beta1, beta2, eps):
     params = list(model.parameters())
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=params[0].device.type != "mps")
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps,
+                             fused=params[0].device.type != "mps")
 
 
 def lr_at(step: int, max_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
-    """Learning rate of step 0, 1, ...: linear up over warmup_steps, then a cosine that ends at min_lr."""
+    """Of step 0, 1, ...: linear up over warmup_steps, then a cosine that ends at min_lr."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
@@ -532,19 +554,22 @@ def lr_at(step: int, max_steps: int, warmup_steps: int, lr: float, min_lr: float
 
 
 def open_run(config):
-    """(folder, state to resume from or None) of config.out. Raises ValueError where a run would be lost unasked."""
+    """(config.out, state to resume from or None). ValueError where a run would be lost unasked."""
     out = Path(config.out)
     finished, unfinished = (out / "consolidated.00.pth").exists(), (out / "resume.pt").exists()
     if finished and not config.overwrite:
         raise ValueError(f"{out} holds a finished run: choose another --out, or --overwrite it")
     if unfinished and not (config.resume or config.overwrite):
-        raise ValueError(f"{out} holds an unfinished run: --resume it, choose another --out, or --overwrite it")
+        raise ValueError(f"{out} holds an unfinished run: --resume it, choose another --out, or "
+                         "--overwrite it")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()     # can it be written? find out now, not after hours
     if not unfinished or config.overwrite:
         return out, None
-    before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [k for k in now if before.get(k) != now[k] and k not in ("resume", "overwrite", "out", "device", "workers")]
+    before = json.loads((out / "config.json").read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [name for name in now if before.get(name) != now[name]
+               and name not in ("resume", "overwrite", "out", "device", "workers")]
     if changed:
         raise ValueError(f"{out}: cannot be resumed with other settings than it began with: "
                          + ", ".join(f"{k} was {before.get(k)}, now {now[k]}" for k in changed))
@@ -552,14 +577,14 @@ def open_run(config):
 
 
 def begin_run(out, config):
-    """The moment at which what --overwrite gives up is removed, and the settings of the new run are written."""
+    """The moment at which what --overwrite gives up is removed, and new settings are written."""
     for name in ("consolidated.00.pth", "resume.pt", "metrics.jsonl", "summary.txt"):
         (out / name).unlink(missing_ok=True)
     write_json(out / "config.json", dataclasses.asdict(config))
 
 
 def save_resume(out, **state):
-    """All that a run needs to go on as if never stopped, in one file, so that no kill can part weights from step."""
+    """All that going on as if never stopped takes, in one file: no kill can part it."""
     write_atomic(out / "resume.pt", lambda file: torch.save(state, file))
 
 
@@ -570,7 +595,8 @@ class Log:
         self.first, self.start = step, time.time()
         if not quiet:       # steps behind the point of resuming will be logged again
             kept = self.path.read_text().splitlines(True) if step else []
-            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in kept
+                    if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_atomic(self.path, lambda file: file.write("".join(kept).encode()))
 
     def write(self, step: int, **metrics):
@@ -580,14 +606,15 @@ class Log:
 
     def progress(self, step: int, loss: float, lr: float, tokens_per_step: int):
         if not self.quiet:
-            seconds = (time.time() - self.start) / (step - self.first)
-            left = round(seconds * (self.max_steps - step))
-            print(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {loss:.3f}  lr {lr:.1e}  "
-                  f"{tokens_per_step / seconds:,.0f} tokens/s  left {left // 60}:{left % 60:02d}", flush=True)
-            self.write(step, loss=loss, lr=lr, tokens_per_s=round(tokens_per_step / seconds))
+            seconds = (time.time() - self.start) / (step - self.first)      # a step
+            left, rate = round(seconds * (self.max_steps - step)), tokens_per_step / seconds
+            print(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {loss:.3f}  "
+                  f"lr {lr:.1e}  {rate:,.0f} tokens/s  left {left // 60}:{left % 60:02d}",
+                  flush=True)
+            self.write(step, loss=loss, lr=lr, tokens_per_s=round(rate))
 
 
-# --------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 @dataclass
 class CompleteSettings:
     max_new_tokens: int = 200   # tokens to write at most
@@ -601,21 +628,24 @@ def complete(folder, text, settings: CompleteSettings):
     device, _, _ = setup(settings.device)
     model, tok = load(folder, device)
     print(text, end="", flush=True)
-    for piece in stream(model, tok, tok.encode(text, bos=True), settings.max_new_tokens, settings.temperature,
-                        settings.top_p, settings.seed):
+    for piece in stream(model, tok, tok.encode(text, bos=True), settings.max_new_tokens,
+                        settings.temperature, settings.top_p, settings.seed):
         print(piece, end="", flush=True)
     print()
 
 
 def main(argv):
-    if argv[:1] != ["complete"] or len(argv) < 3 and "--help" not in argv:
-        stop('expected: complete FOLDER "text" [--temperature ...]; complete --help lists the settings')
+    help_asked = "--help" in argv or "-h" in argv
+    if argv[:1] != ["complete"] or len(argv) < 3 and not help_asked:
+        stop('expected: complete FOLDER "text"; complete --help lists the settings')
+    settings = parse_settings(CompleteSettings, {}, 'complete FOLDER "text": continue a text',
+                              ["--help"] if help_asked else argv[3:])
     try:
-        settings = parse_settings(CompleteSettings, {}, 'complete FOLDER "text"', argv[1:] if "--help" in argv
-                                  else argv[3:])
         complete(argv[1], argv[2], settings)
     except ValueError as e:
         stop(e)
+    except KeyboardInterrupt:
+        print()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Tests, in the order of the pipeline. A test's name is a claim; references are slow, obvious and written here."""
+"""Tests in the order of the pipeline. A test's name is a claim; its reference is slow and obvious."""
+
 import cmath
 import gzip
 import json
@@ -21,11 +22,26 @@ import torch.nn.functional as F
 import llama2
 import train_pretrain as pretrain
 from data import tinytown
-from llama2 import (SIZES, KVCache, ModelArgs, RMSNorm, Tokenizer, Transformer, generate, kv_cache_bytes, load, rotate,
-                    rotations, save, stream)
+from llama2 import (
+    SIZES,
+    KVCache,
+    ModelArgs,
+    RMSNorm,
+    Tokenizer,
+    Transformer,
+    generate,
+    kv_cache_bytes,
+    load,
+    rotate,
+    rotations,
+    save,
+    stream,
+)
 
 HERE = Path(__file__).parent
-ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=8, max_seq_len=64)
+ARGS = ModelArgs(
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=8, max_seq_len=64
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +53,9 @@ def seeded():
 def tok(tmp_path_factory):
     path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
     rng = random.Random(0)
-    Tokenizer.train([tinytown.story(rng) + "\n" + tinytown.sums(rng) for _ in range(200)], 400, path)
+    Tokenizer.train(
+        [tinytown.story(rng) + "\n" + tinytown.sums(rng) for _ in range(200)], 400, path
+    )
     return Tokenizer(path)
 
 
@@ -51,19 +69,34 @@ def make_model(**changes):
     return model
 
 
-# ---------------------------------------------------------------------------------------------- model
-@pytest.mark.parametrize("size, count", [("7B", 6_738_415_616), ("13B", 13_015_864_320), ("34B", 33_743_970_304),
-                                         ("70B", 68_976_648_192)])
+# -------------------------------------------------------------------------------------------- model
+@pytest.mark.parametrize(
+    "size, count",
+    [
+        ("7B", 6_738_415_616),
+        ("13B", 13_015_864_320),
+        ("34B", 33_743_970_304),
+        ("70B", 68_976_648_192),
+    ],
+)
 def test_the_papers_sizes_have_the_papers_parameter_counts(size, count):
     with torch.device("meta"):
         model = Transformer(ModelArgs(**SIZES[size]))
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.parametrize("bad, named", [
-    (dict(dim=30, n_heads=4), "dim=30.*n_heads=4"), (dict(n_heads=4, n_kv_heads=3), "n_heads=4.*n_kv_heads=3"),
-    (dict(dim=12, n_heads=4), "head of 3"), (dict(n_layers=0), "n_layers=0"), (dict(vocab_size=2.5), "vocab_size=2.5"),
-    (dict(norm_eps=0), "norm_eps=0"), (dict(ffn_dim_multiplier=-1), "ffn_dim_multiplier=-1")])
+@pytest.mark.parametrize(
+    "bad, named",
+    [
+        (dict(dim=30, n_heads=4), "dim=30.*n_heads=4"),
+        (dict(n_heads=4, n_kv_heads=3), "n_heads=4.*n_kv_heads=3"),
+        (dict(dim=12, n_heads=4), "head of 3"),
+        (dict(n_layers=0), "n_layers=0"),
+        (dict(vocab_size=2.5), "vocab_size=2.5"),
+        (dict(norm_eps=0), "norm_eps=0"),
+        (dict(ffn_dim_multiplier=-1), "ffn_dim_multiplier=-1"),
+    ],
+)
 def test_an_impossible_shape_is_refused_by_field(bad, named):
     with pytest.raises(ValueError, match=named):
         replace(ARGS, **bad)
@@ -72,8 +105,10 @@ def test_an_impossible_shape_is_refused_by_field(bad, named):
 def test_rmsnorm_by_hand_and_in_float32():
     norm = RMSNorm(2, eps=1e-5)
     norm.weight.data = torch.tensor([2.0, 3.0])
-    assert torch.allclose(norm(torch.tensor([3.0, 4.0])), torch.tensor([2 * 3, 3 * 4]) / math.sqrt(12.5), atol=1e-5)
-    tiny = torch.full((64,), 1e-4, dtype=torch.float16)     # its square is zero in float16
+    assert torch.allclose(
+        norm(torch.tensor([3.0, 4.0])), torch.tensor([2 * 3, 3 * 4]) / math.sqrt(12.5), atol=1e-5
+    )
+    tiny = torch.full((64,), 1e-4, dtype=torch.float16)  # its square is zero in float16
     ours = RMSNorm(64, eps=1e-12)(tiny)
     assert torch.allclose(ours.float(), torch.ones(64), atol=1e-2)
 
@@ -95,8 +130,10 @@ def test_rotate_multiplies_interleaved_pairs_as_complex_numbers():
     out = rotate(x, rotations(replace(ARGS, dim=8, n_heads=1, n_kv_heads=1), torch.arange(5)))
     for t in range(5):
         for i in range(4):
-            turned = complex(*x[0, t, 0, 2 * i:2 * i + 2]) * cmath.exp(1j * t * 10000 ** (-2 * i / 8))
-            assert abs(complex(*out[0, t, 0, 2 * i:2 * i + 2]) - turned) < 1e-5
+            turned = complex(*x[0, t, 0, 2 * i : 2 * i + 2]) * cmath.exp(
+                1j * t * 10000 ** (-2 * i / 8)
+            )
+            assert abs(complex(*out[0, t, 0, 2 * i : 2 * i + 2]) - turned) < 1e-5
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -104,7 +141,11 @@ def test_rotary_scores_depend_on_distance_alone():
     args = replace(ARGS, dim=8, n_heads=1, n_kv_heads=1)
 
     def score(i, j):
-        return (rotate(q, rotations(args, torch.tensor([i]))) * rotate(k, rotations(args, torch.tensor([j])))).sum()
+        return (
+            rotate(q, rotations(args, torch.tensor([i])))
+            * rotate(k, rotations(args, torch.tensor([j])))
+        ).sum()
+
     assert torch.allclose(score(9, 4), score(25, 20), atol=1e-4)
     assert not torch.allclose(score(9, 4), score(9, 5), atol=1e-3)
 
@@ -122,8 +163,12 @@ def test_attention_equals_softmax_loops_with_repeated_kv_heads(n_kv_heads):
         for h in range(4):
             shared = h // (4 // n_kv_heads)
             scores = torch.stack([q[t, h] @ k[s, shared] / math.sqrt(hd) for s in range(t + 1)])
-            heads[t, h] = sum(w * v[s, shared] for s, w in enumerate(scores.exp() / scores.exp().sum()))
-    assert torch.allclose(attention(x, turns, None, None, 0)[0], attention.wo(heads.flatten(1)), atol=1e-5)
+            heads[t, h] = sum(
+                w * v[s, shared] for s, w in enumerate(scores.exp() / scores.exp().sum())
+            )
+    assert torch.allclose(
+        attention(x, turns, None, None, 0)[0], attention.wo(heads.flatten(1)), atol=1e-5
+    )
 
 
 def test_a_token_changes_no_logits_before_it():
@@ -171,37 +216,81 @@ def test_logits_equal_those_of_transformers(n_kv_heads):
     transformers = pytest.importorskip("transformers")
     model = make_model(n_kv_heads=n_kv_heads)
     args = model.args
-    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=args.ffn_dim, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=n_kv_heads, rms_norm_eps=args.norm_eps, tie_word_embeddings=False)).eval()
+    peer = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=args.ffn_dim,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=n_kv_heads,
+            rms_norm_eps=args.norm_eps,
+            tie_word_embeddings=False,
+        )
+    ).eval()
 
-    def halves(w):      # their rotary embedding pairs i with i + hd/2, ours 2i with 2i + 1
+    def halves(w):  # their rotary embedding pairs i with i + hd/2, ours 2i with 2i + 1
         return w.view(-1, args.head_dim // 2, 2, 32).transpose(1, 2).reshape(-1, 32)
-    state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "model.norm.weight": model.norm.weight,
-             "lm_head.weight": model.output.weight}
+
+    state = {
+        "model.embed_tokens.weight": model.tok_embeddings.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.output.weight,
+    }
     for i, block in enumerate(model.layers):
         at, ff, p = block.attention, block.feed_forward, f"model.layers.{i}."
-        state |= {p + "self_attn.q_proj.weight": halves(at.wq.weight), p + "self_attn.k_proj.weight": halves(at.wk.weight),
-                  p + "self_attn.v_proj.weight": at.wv.weight, p + "self_attn.o_proj.weight": at.wo.weight,
-                  p + "mlp.gate_proj.weight": ff.w1.weight, p + "mlp.down_proj.weight": ff.w2.weight,
-                  p + "mlp.up_proj.weight": ff.w3.weight, p + "input_layernorm.weight": block.attention_norm.weight,
-                  p + "post_attention_layernorm.weight": block.ffn_norm.weight}
+        state |= {
+            p + "self_attn.q_proj.weight": halves(at.wq.weight),
+            p + "self_attn.k_proj.weight": halves(at.wk.weight),
+            p + "self_attn.v_proj.weight": at.wv.weight,
+            p + "self_attn.o_proj.weight": at.wo.weight,
+            p + "mlp.gate_proj.weight": ff.w1.weight,
+            p + "mlp.down_proj.weight": ff.w2.weight,
+            p + "mlp.up_proj.weight": ff.w3.weight,
+            p + "input_layernorm.weight": block.attention_norm.weight,
+            p + "post_attention_layernorm.weight": block.ffn_norm.weight,
+        }
     peer.load_state_dict(state)
     tokens = torch.randint(300, (2, 30))
     assert (peer(tokens).logits - model(tokens)).abs().max() < 1e-4
 
 
-# ------------------------------------------------------------------------------------------ tokenizer
-@pytest.mark.parametrize("text", [
-    "", " ", "  two  spaces  ", " leading", "trailing ", "\ttab\t", "line\n\n\nline\r\n", "\n", "😀👩‍👩‍👧", "日本語 Ελληνικά עברית",
-    "a fox lived", "12345.67", "<s>", "</s> <s>[INST]", "<unk>", "<0x41>", "nul\0", "▁", "a▁b ▁▁", "\ufeffbom", "e\u0301"])
+# ---------------------------------------------------------------------------------------- tokenizer
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  two  spaces  ",
+        " leading",
+        "trailing ",
+        "\ttab\t",
+        "line\n\n\nline\r\n",
+        "\n",
+        "😀👩‍👩‍👧",
+        "日本語 Ελληνικά עברית",
+        "a fox lived",
+        "12345.67",
+        "<s>",
+        "</s> <s>[INST]",
+        "<unk>",
+        "<0x41>",
+        "nul\0",
+        "▁",
+        "a▁b ▁▁",
+        "\ufeffbom",
+        "e\u0301",
+    ],
+)
 def test_text_comes_back_unchanged_and_never_becomes_a_control_id(tok, text):
     ids = tok.encode(text)
     assert tok.decode(ids) == text
     assert not any(tok.sp.is_control(i) or tok.sp.is_unknown(i) for i in ids)
     assert tok.decode(tok.encode("start\n") + tok.encode(text, continuing=True)) == "start\n" + text
     sizes = tok.piece_bytes()
-    assert not text or sum(sizes[i] for i in ids) == len(text.encode()) + (text[0] != "▁")   # the space in front
+    assert not text or sum(sizes[i] for i in ids) == len(text.encode()) + (
+        text[0] != "▁"
+    )  # the space in front
 
 
 def test_bos_and_eos_are_added_on_demand_and_digits_are_split(tok):
@@ -216,10 +305,12 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer(tmp_path / "t.model")
 
 
-# ------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 def test_top_p_keeps_the_smallest_sufficient_set():
     for seed in range(20):
-        probs = torch.softmax(torch.randn(1, 30, generator=torch.Generator().manual_seed(seed)) * 2, -1)
+        probs = torch.softmax(
+            torch.randn(1, 30, generator=torch.Generator().manual_seed(seed)) * 2, -1
+        )
         kept, total = set(), 0.0
         for p, i in sorted(((float(p), i) for i, p in enumerate(probs[0])), reverse=True):
             if total >= 0.7:
@@ -245,7 +336,7 @@ def greedy(model, prompt, count):
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def test_greedy_answers_equal_the_naive_loop_in_any_company():
@@ -259,7 +350,7 @@ def test_rows_stop_at_eos_and_the_others_go_on_as_if_alone():
     model = make_model()
     alone = [greedy(model, p, 30) for p in PROMPTS]
     eos = alone[0][2]
-    expected = [a[:a.index(eos) + 1] if eos in a else a for a in alone]
+    expected = [a[: a.index(eos) + 1] if eos in a else a for a in alone]
     assert len({len(e) for e in expected}) > 1
     assert generate(model, PROMPTS, 30, temperature=0, eos_id=eos) == expected
 
@@ -303,29 +394,46 @@ def test_streamed_text_is_generated_text(tok):
     assert len(pieces) > 5 and "Once upon" + "".join(pieces) == tok.decode(prompt + new)
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def test_a_saved_folder_loads_as_it_was(tmp_path, tok):
     model = make_model(vocab_size=tok.vocab_size)
     save(tmp_path / "m", model, tok)
     again, tok2 = load(tmp_path / "m")
     assert again.args == model.args and tok2.proto == tok.proto
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
+    )
     assert list(model.state_dict())[:2] == ["tok_embeddings.weight", "layers.0.attention.wq.weight"]
 
 
 def test_metas_shards_merge_and_its_params_are_understood(tmp_path, tok):
-    """Meta's layout: wq, wk, wv, w1, w3 and output are split by rows, wo, w2 and the embeddings by columns."""
+    """wq, wk, wv, w1, w3 and output are split by rows; wo, w2 and the embeddings by columns."""
     model = make_model(vocab_size=tok.vocab_size)
     shards = [{"rope.freqs": torch.zeros(4)}, {"rope.freqs": torch.zeros(4)}]
     for name, w in model.state_dict().items():
         kind = name.split(".")[-2]
-        halves = ((w, w) if "norm" in kind else w.chunk(2, 1) if kind in ("wo", "w2", "tok_embeddings") else w.chunk(2, 0))
+        halves = (
+            (w, w)
+            if "norm" in kind
+            else w.chunk(2, 1) if kind in ("wo", "w2", "tok_embeddings") else w.chunk(2, 0)
+        )
         for shard, half in zip(shards, halves):
             shard[name] = half.clone()
     for i, shard in enumerate(shards):
         torch.save(shard, tmp_path / f"consolidated.{i:02d}.pth")
-    (tmp_path / "params.json").write_text(json.dumps(dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8,
-                                                          norm_eps=1e-5, vocab_size=-1)))
+    (tmp_path / "params.json").write_text(
+        json.dumps(
+            dict(
+                dim=32,
+                n_layers=2,
+                n_heads=4,
+                n_kv_heads=2,
+                multiple_of=8,
+                norm_eps=1e-5,
+                vocab_size=-1,
+            )
+        )
+    )
     (tmp_path / "tokenizer.model").write_bytes(tok.proto)
     merged, _ = load(tmp_path)
     tokens = torch.randint(300, (1, 9))
@@ -345,7 +453,7 @@ def test_broken_checkpoints_are_refused_in_words(tmp_path, tok):
     with pytest.raises(ValueError, match="size mismatch"):
         load(tmp_path)
     params.write_text(json.dumps(settings))
-    weights.write_bytes(whole[:len(whole) // 2])
+    weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be loaded"):
         load(tmp_path)
 
@@ -372,12 +480,13 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     def half(file):
         file.write(b"ne")
         raise OSError("disk full")
+
     with pytest.raises(OSError):
         llama2.write_atomic(path, half)
     assert path.read_bytes() == b"old"
 
 
-# ------------------------------------------------------------------------------------ shared by scripts
+# -------------------------------------------------------------------------------- shared by scripts
 def test_learning_rate_by_hand():
     rates = [llama2.lr_at(s, 12, 2, 1.0, 0.1) for s in range(12)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(0.1)
@@ -387,15 +496,25 @@ def test_learning_rate_by_hand():
 def test_adamw_decays_matrices_only():
     optimizer = llama2.adamw(make_model(), 1e-3, 0.1, 0.9, 0.95, 1e-5)
     decayed, rest = ({p.dim() for p in group["params"]} for group in optimizer.param_groups)
-    assert decayed == {2} and rest == {1} and [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0]
+    assert (
+        decayed == {2}
+        and rest == {1}
+        and [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0]
+    )
 
 
 def test_settings_come_from_the_command_line_and_help_names_the_papers_value(capsys):
     def parse(*argv):
         return llama2.parse_settings(pretrain.Settings, pretrain.PAPER, "", argv)
+
     assert parse() == pretrain.Settings()
     given = parse("--recipe", "paper", "--lr", "0.5", "--data", "a", "b:2", "--resume")
-    assert (given.lr, given.seq_len, list(given.data), given.resume) == (0.5, 4096, ["a", "b:2"], True)
+    assert (given.lr, given.seq_len, list(given.data), given.resume) == (
+        0.5,
+        4096,
+        ["a", "b:2"],
+        True,
+    )
     with pytest.raises(SystemExit) as e:
         parse("--learning-rate", "1")
     assert e.value.code == 2
@@ -407,7 +526,7 @@ def test_settings_come_from_the_command_line_and_help_names_the_papers_value(cap
     assert "peak learning rate" in shown and "default: 0.003; paper: 0.0003" in shown
 
 
-# ------------------------------------------------------------------------------------------- tinytown
+# ----------------------------------------------------------------------------------------- tinytown
 def test_tinytown_repeats_with_its_seed_and_its_articles_are_true():
     truth = tinytown.town(1)
     assert truth == tinytown.town(1) != tinytown.town(2)
@@ -428,15 +547,34 @@ def test_no_article_words_a_fact_as_its_probe_does():
     assert not [p for p in probes if f"{p['prompt']} {p['answer']}" in texts]
 
 
-# ------------------------------------------------------------------------------------ pretraining: data
+# -------------------------------------------------------------------------------- pretraining: data
 def settings(tmp_path, *data, **changes):
-    return pretrain.Settings(**dict(data=tuple(map(str, data)), out=str(tmp_path / "out"), vocab_size=350, seq_len=32,
-                                    batch_size=4, micro_batch=2, max_steps=6, eval_tokens=320, warmup_steps=2, lr=1e-2,
-                                    eval_every=3, save_every=2, log_every=1, workers=1, device="cpu") | changes)
+    return pretrain.Settings(
+        **dict(
+            data=tuple(map(str, data)),
+            out=str(tmp_path / "out"),
+            vocab_size=350,
+            seq_len=32,
+            batch_size=4,
+            micro_batch=2,
+            max_steps=6,
+            eval_tokens=320,
+            warmup_steps=2,
+            lr=1e-2,
+            eval_every=3,
+            save_every=2,
+            log_every=1,
+            workers=1,
+            device="cpu",
+        )
+        | changes
+    )
 
 
 def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
+    )
     return path
 
 
@@ -450,7 +588,10 @@ def prepared(config):
     folder = Path(config.out) / "tokens"
     index = pretrain.prepare(config, pretrain.find_sources(config.data), folder, lambda *_: None)
     tok = Tokenizer(folder / "tokenizer.model")
-    ids = {name: pretrain.Shards(folder, name, index["dtype"]).read(0, 10**9).tolist() for name in index["tokens"]}
+    ids = {
+        name: pretrain.Shards(folder, name, index["dtype"]).read(0, 10**9).tolist()
+        for name in index["tokens"]
+    }
     return index, tok, ids
 
 
@@ -461,7 +602,7 @@ def split_documents(tok, ids):
         if token == tok.bos_id:
             start = i
         elif token == tok.eos_id:
-            texts.append(tok.decode(ids[start + 1:i]))
+            texts.append(tok.decode(ids[start + 1 : i]))
     return texts
 
 
@@ -469,28 +610,42 @@ def test_sources_have_weights_and_folders_their_files(tmp_path):
     (tmp_path / "web").mkdir()
     for name in ("web/a.txt", "web/b.jsonl", "web/notes.md", "wiki.txt"):
         (tmp_path / name).write_text("x")
-    web, wiki, again = pretrain.find_sources([f"{tmp_path}/web:0.5", f"{tmp_path}/wiki.txt", f"{tmp_path}/wiki.txt:2"])
+    web, wiki, again = pretrain.find_sources(
+        [f"{tmp_path}/web:0.5", f"{tmp_path}/wiki.txt", f"{tmp_path}/wiki.txt:2"]
+    )
     assert (web.weight, [f.name for f in web.files]) == (0.5, ["a.txt", "b.jsonl"])
     assert (wiki.name, wiki.weight, again.name, again.weight) == ("wiki", 1, "wiki~2", 2)
 
 
-def test_every_document_is_packed_once_between_bos_and_eos_and_held_out_ones_stay_out(tmp_path, monkeypatch):
+def test_every_document_is_packed_once_between_bos_and_eos_and_held_out_ones_stay_out(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(pretrain, "SHARD_TOKENS", 1000)
     records = corpus(300)
     path = tmp_path / "s.jsonl.gz"
-    path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records + records[:50]).encode()))
+    path.write_bytes(
+        gzip.compress("".join(json.dumps(r) + "\n" for r in records + records[:50]).encode())
+    )
     index, tok, ids = prepared(settings(tmp_path, path))
     train, val = split_documents(tok, ids["0.train"]), split_documents(tok, ids["0.val"])
     assert sorted(train + val) == sorted(r["text"] for r in records + records[:50])
-    assert 10 < len(val) < 70 and not set(train) & set(val)     # a repeated document falls on the same side
-    assert len(list((tmp_path / "out/tokens").glob("0.train.*.bin"))) > 5 and index["dtype"] == "uint16"
+    assert 10 < len(val) < 70 and not set(train) & set(
+        val
+    )  # a repeated document falls on the same side
+    assert (
+        len(list((tmp_path / "out/tokens").glob("0.train.*.bin"))) > 5
+        and index["dtype"] == "uint16"
+    )
 
 
 def test_of_one_long_document_the_last_tenth_is_held_out_whatever_the_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "PIECE", 777)
     text = "\n".join(r["text"] for r in corpus(100))
     (tmp_path / "book.txt").write_text(text)
-    _, tok, ids = prepared(settings(tmp_path, tmp_path / "book.txt"))
+    index, tok, ids = prepared(settings(tmp_path, tmp_path / "book.txt"))
+    assert (
+        index["sources"][0]["docs"] == index["sources"][0]["pronouns"]["she"] == 1
+    )  # once, not once a piece
     cut = int(len(text) * 0.9)
     train, val = ids["0.train"], ids["0.val"]
     assert (train[0], tok.decode(train)) == (tok.bos_id, text[:cut])
@@ -499,15 +654,23 @@ def test_of_one_long_document_the_last_tenth_is_held_out_whatever_the_pieces(tmp
 
 def test_sites_full_of_personal_information_are_left_out_and_reported(tmp_path):
     rng = random.Random(0)
-    pages = [{"text": tinytown.directory_page(rng), "url": "http://lists.example/1"} for _ in range(20)]
-    pages += [{"text": "write to ada7@mail.example " + tinytown.story(rng), "url": "http://blog.example/"}] * 3
+    pages = [
+        {"text": tinytown.directory_page(rng), "url": "http://lists.example/1"} for _ in range(20)
+    ]
+    pages += [
+        {"text": "write to ada7@mail.example " + tinytown.story(rng), "url": "http://blog.example/"}
+    ] * 3
     pages += [{"text": tinytown.story(rng), "url": "http://blog.example/x"} for _ in range(40)]
-    pages += [{"text": tinytown.directory_page(rng)}]           # without an address of its own it is judged alone
+    pages += [
+        {"text": tinytown.directory_page(rng)}
+    ]  # without an address of its own it is judged alone
     index, tok, ids = prepared(settings(tmp_path, write_jsonl(tmp_path / "web.jsonl", pages)))
     text = tok.decode(ids["0.train"] + ids["0.val"])
     assert "phone 555" not in text and "ada7@mail.example" in text
     assert set(index["dropped"]) == {"lists.example", f"{tmp_path}/web.jsonl:64"}
-    assert index["dropped"]["lists.example"]["e-mail"] == sum(p["text"].count("@") for p in pages[:20])
+    assert index["dropped"]["lists.example"]["e-mail"] == sum(
+        p["text"].count("@") for p in pages[:20]
+    )
 
 
 def test_tokens_are_reused_until_the_text_changes(tmp_path):
@@ -526,7 +689,7 @@ def test_ten_times_the_text_takes_no_more_memory_to_prepare(tmp_path, monkeypatc
     monkeypatch.setattr(pretrain, "TOKENIZER_CHARS", 100_000)
     monkeypatch.setattr(pretrain, "PIECE", 10_000)
 
-    class InProcess:            # so that the workers' memory counts too
+    class InProcess:  # so that the workers' memory counts too
         @staticmethod
         def imap(function, items):
             return map(function, items)
@@ -535,12 +698,15 @@ def test_ten_times_the_text_takes_no_more_memory_to_prepare(tmp_path, monkeypatc
         config = settings(tmp_path, path)
         sources = pretrain.find_sources(config.data)
         tracemalloc.start()
-        dropped, chars, sample = pretrain.scan(sources, InProcess, config)
-        for _ in map(len, pretrain.batches(pretrain.split_pieces(sources, dropped, chars, config), 100_000)):
+        dropped, sites, sample = pretrain.scan(sources, InProcess, config)
+        for _ in map(
+            len, pretrain.batches(pretrain.split_pieces(sources, dropped, sites, config), 100_000)
+        ):
             pass
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
+
     monkeypatch.setattr(pretrain.batches, "__defaults__", (100_000,))
     text = "\n".join(r["text"] for r in corpus(2500))
     (tmp_path / "one.txt").write_text(text)
@@ -555,28 +721,32 @@ def test_shards_read_like_a_list(tmp_path):
     shards = pretrain.Shards(tmp_path, "x", "uint16")
     assert len(shards) == 100
     for start, count in [(0, 100), (0, 0), (30, 10), (36, 3), (38, 5), (90, 50), (99, 1)]:
-        assert shards.read(start, count).tolist() == numbers[start:start + count]
+        assert shards.read(start, count).tolist() == numbers[start : start + count]
 
 
 class Numbers(list):
     """Stands in for Shards: token i is i."""
+
     def read(self, start, count):
-        return np.array(self[start:start + count])
+        return np.array(self[start : start + count])
 
 
 def test_a_source_is_read_once_an_epoch_in_shifted_pairs_and_in_another_order_the_next():
     mixture = pretrain.Mixture([Numbers(range(8 * 25 + 1))], [1.0], 8, seed=0)
     epochs = [[mixture.batch(step, 5) for step in range(e * 5, e * 5 + 5)] for e in range(2)]
     orders = [torch.cat(e)[:, 0].tolist() for e in epochs]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(0, 200, 8)) and orders[0] != orders[1]
+    assert (
+        sorted(orders[0]) == sorted(orders[1]) == list(range(0, 200, 8)) and orders[0] != orders[1]
+    )
     rows = torch.cat(epochs[0])
-    assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)           # the target of each token is the next one
+    assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)  # the target of each token is the next one
     assert mixture.epochs(0) == pytest.approx(2, abs=0.02)
 
 
 def test_a_source_is_drawn_by_weight_times_size_and_a_resumed_mixture_goes_on_alike():
     def make():
         return pretrain.Mixture([Numbers(range(9001)), Numbers(range(1001))], [1.0, 3.0], 8, seed=0)
+
     mixture = make()
     first = [mixture.batch(step, 10) for step in range(400)]
     assert mixture.used[1] / 4000 == pytest.approx(3 / 12, abs=0.03)
@@ -587,14 +757,14 @@ def test_a_source_is_drawn_by_weight_times_size_and_a_resumed_mixture_goes_on_al
     assert torch.equal(resumed.batch(7, 10), first[7])
 
 
-# ------------------------------------------------------------------------------ pretraining: evaluation
+# -------------------------------------------------------------------------- pretraining: evaluation
 def test_held_out_loss_and_bits_per_byte_by_hand(tmp_path):
     config = settings(tmp_path, write_jsonl(tmp_path / "s.jsonl", corpus(60)), eval_tokens=10**9)
     _, tok, ids = prepared(config)
     model, val = make_model(vocab_size=tok.vocab_size), ids["0.val"]
     nats, T = 0.0, config.seq_len
     for at in range(0, len(val) - 1, T):
-        window = val[at:at + T + 1]
+        window = val[at : at + T + 1]
         logprobs = F.log_softmax(model(torch.tensor([window[:-1]]))[0], -1).detach()
         nats -= sum(float(logprobs[t, token]) for t, token in enumerate(window[1:]))
     size = sum(len(text.encode()) for text in split_documents(tok, val))
@@ -607,13 +777,19 @@ def test_held_out_loss_and_bits_per_byte_by_hand(tmp_path):
 def test_recall_counts_whole_right_answers(tok, monkeypatch):
     probes = [{"prompt": "the pet is a", "answer": "cat"}] * 4
     said = [" cat. More", " dog.", " catalogue", " cat"]
-    monkeypatch.setattr(pretrain, "generate", lambda *_, **__: [tok.encode("is a" + s)[len(tok.encode("is a")):] for s in said])
+    monkeypatch.setattr(
+        pretrain,
+        "generate",
+        lambda *_, **__: [tok.encode("is a" + s)[len(tok.encode("is a")) :] for s in said],
+    )
     assert pretrain.recall(None, tok, probes) == 0.5
 
 
-# ------------------------------------------------------------------------------------ pretraining: runs
+# -------------------------------------------------------------------------------- pretraining: runs
 def run(*argv, check=True, **how):
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, **how)
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, **how
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -637,30 +813,47 @@ def losses(folder):
 
 def test_a_small_run_learns_reports_and_leaves_a_whole_folder(tmp_path, capsys):
     write_jsonl(tmp_path / "probes.jsonl", [{"prompt": "One day she", "answer": "found"}])
-    config = settings(tmp_path, write_jsonl(tmp_path / "s.jsonl", corpus(300)), max_steps=40,
-                      probes=str(tmp_path / "probes.jsonl"))
+    config = settings(
+        tmp_path,
+        write_jsonl(tmp_path / "s.jsonl", corpus(300)),
+        max_steps=40,
+        probes=str(tmp_path / "probes.jsonl"),
+    )
     metrics = pretrain.main(config)
     curve = losses(config.out)
     assert curve[40] < curve[1] - 1 and metrics["loss"]["s"][0] < curve[1] - 1
     model, tok = load(config.out)
     assert model.args.max_seq_len == 32 and tok.vocab_size == 350
     shown = capsys.readouterr().out
-    assert "tokens/s  left" in shown and "bits a byte" in shown and "facts recalled" in shown and "samples" in shown
+    assert (
+        "tokens/s  left" in shown
+        and "bits a byte" in shown
+        and "facts recalled" in shown
+        and "samples" in shown
+    )
     assert (tmp_path / "out/summary.txt").exists() and not (tmp_path / "out/resume.pt").exists()
-    done = run("llama2.py", "complete", config.out, "Once upon a time", "--max-new-tokens", 5, "--seed", 1)
+    done = run(
+        "llama2.py", "complete", config.out, "Once upon a time", "--max-new-tokens", 5, "--seed", 1
+    )
     assert done.stdout.startswith("Once upon a time")
 
 
 def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(tmp_path):
     path = write_jsonl(tmp_path / "s.jsonl", corpus(300))
-    whole = settings(tmp_path, path, out=str(tmp_path / "whole"), max_steps=60, save_every=7, eval_every=1000)
+    whole = settings(
+        tmp_path, path, out=str(tmp_path / "whole"), max_steps=60, save_every=7, eval_every=1000
+    )
     pretrain.main(whole)
     cut = replace(whole, out=str(tmp_path / "cut"))
-    for at in (3, 25):                  # before and after the first save
-        process = subprocess.Popen([sys.executable, "train_pretrain.py", *flags(replace(cut, resume=True))], cwd=HERE,
-                                   stdout=subprocess.DEVNULL)
-        while process.poll() is None and not ((tmp_path / "cut/metrics.jsonl").exists()
-                                              and max(losses(cut.out), default=0) >= at):
+    for at in (3, 25):  # before and after the first save
+        process = subprocess.Popen(
+            [sys.executable, "train_pretrain.py", *flags(replace(cut, resume=True))],
+            cwd=HERE,
+            stdout=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not (
+            (tmp_path / "cut/metrics.jsonl").exists() and max(losses(cut.out), default=0) >= at
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -670,7 +863,10 @@ def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(tmp_pat
     with pytest.raises(ValueError, match="lr was 0.01, now 1"):
         pretrain.main(replace(cut, resume=True, lr=1.0))
     pretrain.main(replace(cut, resume=True))
-    a, b = (torch.load(tmp_path / name / "consolidated.00.pth", weights_only=True) for name in ("whole", "cut"))
+    a, b = (
+        torch.load(tmp_path / name / "consolidated.00.pth", weights_only=True)
+        for name in ("whole", "cut")
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert losses(whole.out) == losses(cut.out)
 
@@ -679,16 +875,28 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
     path = write_jsonl(tmp_path / "s.jsonl", corpus(300))
     one = settings(tmp_path, path, out=str(tmp_path / "one"), max_steps=12)
     pretrain.main(one)
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_pretrain.py",
-        *flags(replace(one, out=str(tmp_path / "two"), micro_batch=1)))
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train_pretrain.py",
+        *flags(replace(one, out=str(tmp_path / "two"), micro_batch=1)),
+    )
     a, b = losses(one.out), losses(tmp_path / "two")
     assert a.keys() == b.keys() and max(abs(a[s] - b[s]) for s in a) < 1e-5
-    bits = [[line for line in (tmp_path / n / "summary.txt").read_text().splitlines() if line.startswith("s  ")]
-            for n in ("one", "two")]
+    bits = [
+        [
+            line
+            for line in (tmp_path / n / "summary.txt").read_text().splitlines()
+            if line.startswith("s  ")
+        ]
+        for n in ("one", "two")
+    ]
     assert bits[0] == bits[1]
 
 
-# ------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def expect_one_line(capsys, monkeypatch, config, *words):
     """The command ends with exit code 2 and one line that has these words."""
     monkeypatch.setattr(sys, "argv", ["train_pretrain.py", *flags(config)])
@@ -696,47 +904,78 @@ def expect_one_line(capsys, monkeypatch, config, *words):
     with pytest.raises(SystemExit) as e:
         llama2.run_script(pretrain.main, pretrain.Settings, pretrain.PAPER)
     error = capsys.readouterr().err
-    assert e.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words), error
+    assert (
+        e.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)
+    ), error
 
 
 GOOD = b'{"text": "a fox"}\n'
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("none.txt", None, ["none.txt", "does not exist"]),
-    ("a.pdf", b"x", [".txt, .jsonl"]),
-    ("empty.txt", b"", ["empty"]),
-    ("empty.jsonl", b"\n\n", ["empty"]),
-    ("latin.txt", "naïve café".encode("latin-1"), ["latin.txt", "not UTF-8"]),
-    ("latin.jsonl", GOOD + '{"text": "é"}'.encode("latin-1"), ["latin.jsonl:2", "not UTF-8"]),
-    ("binary.txt", b"ab\0cd" * 50, ["binary.txt", "binary"]),
-    ("a.jsonl", GOOD + b'{"text": "a\n', ["a.jsonl:2", "broken JSON"]),
-    ("b.jsonl", GOOD + b'{"content": "a"}\n', ["b.jsonl:2", '"text"']),
-    ("c.jsonl", b'["a"]\n', ["c.jsonl:1", '"text"']),
-    ("d.jsonl", b'{"text": 5}\n', ["d.jsonl:1", '"text"']),
-    ("e.jsonl", b'{"text": "\\ud800"}\n', ["e.jsonl:1", "UTF-8"]),
-    ("f.jsonl.gz", b"not gzip", ["f.jsonl.gz", "gzip"]),
-    ("g.jsonl.gz", gzip.compress(GOOD * 99)[:-9], ["g.jsonl.gz", "gzip"]),
-])
-def test_bad_data_stops_with_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, name, content, words):
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("none.txt", None, ["none.txt", "does not exist"]),
+        ("a.pdf", b"x", [".txt, .jsonl"]),
+        ("empty.txt", b"", ["empty"]),
+        ("empty.jsonl", b"\n\n", ["empty"]),
+        ("latin.txt", "naïve café".encode("latin-1"), ["latin.txt", "not UTF-8"]),
+        ("latin.jsonl", GOOD + '{"text": "é"}'.encode("latin-1"), ["latin.jsonl:2", "not UTF-8"]),
+        ("binary.txt", b"ab\0cd" * 50, ["binary.txt", "binary"]),
+        ("a.jsonl", GOOD + b'{"text": "a\n', ["a.jsonl:2", "broken JSON"]),
+        ("b.jsonl", GOOD + b'{"content": "a"}\n', ["b.jsonl:2", '"text"']),
+        ("c.jsonl", b'["a"]\n', ["c.jsonl:1", '"text"']),
+        ("d.jsonl", b'{"text": 5}\n', ["d.jsonl:1", '"text"']),
+        ("e.jsonl", b'{"text": "\\ud800"}\n', ["e.jsonl:1", "UTF-8"]),
+        ("f.jsonl.gz", b"not gzip", ["f.jsonl.gz", "gzip"]),
+        ("g.jsonl.gz", gzip.compress(GOOD * 99)[:-9], ["g.jsonl.gz", "gzip"]),
+    ],
+)
+def test_bad_data_stops_with_one_line_and_exit_code_2(
+    tmp_path, capsys, monkeypatch, name, content, words
+):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     expect_one_line(capsys, monkeypatch, settings(tmp_path, tmp_path / name), *words)
     assert not (tmp_path / "out/consolidated.00.pth").exists()
 
 
-def test_short_text_and_large_vocabularies_and_bad_settings_stop_with_one_line(tmp_path, capsys, monkeypatch):
+def test_short_text_and_large_vocabularies_and_bad_settings_stop_with_one_line(
+    tmp_path, capsys, monkeypatch
+):
     short = write_jsonl(tmp_path / "short.jsonl", corpus(2))
     few = write_jsonl(tmp_path / "few.jsonl", corpus(30))
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, short, seq_len=4096), "short", "less than one sequence", "--seq-len")
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, few, vocab_size=30000), "vocabulary of 30000", "at most")
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, few, vocab_size=5), "vocabulary of 5", "at least")
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, f"{few}:x"), "'x' is not a weight")
+    expect_one_line(
+        capsys,
+        monkeypatch,
+        settings(tmp_path, short, seq_len=4096),
+        "short",
+        "less than one sequence",
+        "--seq-len",
+    )
+    expect_one_line(
+        capsys,
+        monkeypatch,
+        settings(tmp_path, few, vocab_size=30000),
+        "vocabulary of 30000",
+        "at most",
+    )
+    expect_one_line(
+        capsys, monkeypatch, settings(tmp_path, few, vocab_size=5), "vocabulary of 5", "at least"
+    )
+    expect_one_line(capsys, monkeypatch, settings(tmp_path, f"{few}:x"), "'x' is no weight")
     expect_one_line(capsys, monkeypatch, settings(tmp_path, few, size="8B"), "8B", "tiny")
     expect_one_line(capsys, monkeypatch, settings(tmp_path, few, batch_size=3), "--batch-size 3")
     expect_one_line(capsys, monkeypatch, settings(tmp_path, few, lr=0.0), "--lr")
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, few, tokenizer=str(few)), "not a SentencePiece model")
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, few, probes=str(few)), "few.jsonl", '"answer"')
+    expect_one_line(
+        capsys,
+        monkeypatch,
+        settings(tmp_path, few, tokenizer=str(few)),
+        "not a SentencePiece model",
+    )
+    expect_one_line(
+        capsys, monkeypatch, settings(tmp_path, few, probes=str(few)), "few.jsonl", '"answer"'
+    )
 
 
 def test_a_finished_run_is_kept_unless_told_otherwise(tmp_path, capsys, monkeypatch):
@@ -756,10 +995,18 @@ def test_a_folder_that_cannot_be_written_stops_with_one_line(tmp_path, capsys, m
     expect_one_line(capsys, monkeypatch, settings(tmp_path, path, out=str(path / "x")), "s.jsonl")
     locked = tmp_path / "locked"
     locked.mkdir()
-    if os.geteuid() == 0:                   # root may write everywhere: stand in for one who may not
+    if os.geteuid() == 0:  # root may write everywhere: stand in for one who may not
+
         def refuse(dir):
             raise PermissionError(13, "Permission denied", str(dir))
+
         monkeypatch.setattr(llama2.tempfile, "TemporaryFile", refuse)
     locked.chmod(0o555)
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, path, out=str(locked)), "locked", "Permission denied")
+    expect_one_line(
+        capsys,
+        monkeypatch,
+        settings(tmp_path, path, out=str(locked)),
+        "locked",
+        "Permission denied",
+    )
     assert list(locked.iterdir()) == []

@@ -1,15 +1,15 @@
 """Tinytown: a toy world whose truth is known, so that each stage of training can be judged by it.
 
-A town of residents, each with a pet, a favourite colour, a job, a home and a favourite food. From one seed
-come the texts that a web of that town would hold (§2.1 of the paper, at laptop size):
+A town of residents, each with a pet, a favourite colour, a job, a home and a favourite food. From
+one seed come the texts that a web of that town would hold (§2.1 of the paper, at laptop size):
 
     encyclopedia  articles about residents: all of it true, and rare
     stories       short tales about animals: nothing to look up, much to read
-    web           chatter, sloppy, its gossip more often wrong than right; among its sites, some full of
-                  personal information (all of it invented) that a clean corpus leaves out
-    arithmetic    sums and differences of single digits
+    web           chatter, sloppy, its gossip more often wrong than right; and some sites full of
+                  personal information, all of it invented, that a clean corpus leaves out
+    arithmetic    sums of two dice, and the differences that undo them
 
-and probes: the beginning of a true sentence about each fact, in a wording that no article uses for that fact.
+and probes: the beginning of a true sentence about each fact, worded as no article words that fact.
 
     python data/tinytown.py [FOLDER] [--seed N]     writes them, to look at (default out/tinytown)
 """
@@ -18,36 +18,35 @@ import json
 import random
 from pathlib import Path
 
-NAMES = {  # first name -> pronoun
-    "Ada": "she", "Bela": "she", "Cleo": "she", "Dora": "she", "Edna": "she", "Freya": "she", "Greta": "she",
-    "Hilda": "she", "Iris": "she", "Juno": "she", "Kaia": "she", "Luna": "she", "Mira": "she", "Nell": "she",
-    "Olga": "she", "Petra": "she", "Rosa": "she", "Selma": "she", "Tilda": "she", "Vera": "she",
-    "Abel": "he", "Boris": "he", "Cyrus": "he", "Dario": "he", "Emil": "he", "Felix": "he", "Goran": "he",
-    "Hugo": "he", "Igor": "he", "Jonas": "he", "Klaus": "he", "Leo": "he", "Magnus": "he", "Nino": "he",
-    "Oscar": "he", "Pavel": "he", "Quentin": "he", "Rufus": "he", "Simon": "he", "Tobias": "he",
-}
+SHE = ("Ada Bela Cleo Dora Edna Freya Greta Hilda Iris Juno Kaia Luna Mira Nell Olga Petra Rosa "
+       "Selma Tilda Vera").split()
+HE = ("Abel Boris Cyrus Dario Emil Felix Goran Hugo Igor Jonas Klaus Leo Magnus Nino Oscar Pavel "
+      "Quentin Rufus Simon Tobias").split()
+NAMES = SHE + HE
 VALUES = {
-    "pet": ["goat", "parrot", "turtle", "rabbit", "hedgehog", "pony", "ferret", "goose"],
-    "colour": ["red", "blue", "green", "yellow", "purple", "orange", "white", "silver"],
-    "job": ["baker", "doctor", "teacher", "sailor", "painter", "farmer", "judge", "plumber"],
-    "home": ["the mill", "the harbour", "the castle", "the forest", "the station", "the bridge", "the market",
-             "the lighthouse"],
-    "food": ["soup", "pancakes", "cheese", "noodles", "apples", "rice", "pie", "carrots"],
+    "pet": "goat parrot turtle rabbit hedgehog pony ferret goose".split(),
+    "colour": "red blue green yellow purple orange white silver".split(),
+    "job": "baker doctor teacher sailor painter farmer judge plumber".split(),
+    "home": [f"the {place}" for place in
+             "mill harbour castle forest station bridge market lighthouse".split()],
+    "food": "soup pancakes cheese noodles apples rice pie carrots".split(),
 }
-WORDINGS = {  # {n} name, {s} pronoun as subject, {o} possessive, {v} value; each fact is denied one for its probe
+# {n} name, {v} value, {S} She or He, {O} Her or His; one wording a fact is kept for its probe
+WORDINGS = {
     "pet": ["{n} has a pet {v}", "{n}'s pet is a {v}", "The animal that {n} keeps is a {v}",
             "At home {n} looks after a {v}"],
-    "colour": ["{n}'s favourite colour is {v}", "The colour {n} likes best is {v}", "{n} loves the colour {v}",
-               "Most things {n} owns are {v}"],
-    "job": ["{n} works as a {v}", "By trade {n} is a {v}", "{n}'s job is that of a {v}", "{n} earns a living as a {v}"],
+    "colour": ["{n}'s favourite colour is {v}", "The colour {n} likes best is {v}",
+               "{n} loves the colour {v}", "Most things {n} owns are {v}"],
+    "job": ["{n} works as a {v}", "By trade {n} is a {v}", "{n}'s job is that of a {v}",
+            "{n} earns a living as a {v}"],
     "home": ["{n} lives near {v}", "{n}'s house stands by {v}", "The home of {n} is close to {v}",
              "You can find {n}'s home next to {v}"],
-    "food": ["{n}'s favourite food is {v}", "{n} likes to eat {v}", "For dinner {n} always wants {v}",
-             "The dish {n} likes best is {v}"],
+    "food": ["{n}'s favourite food is {v}", "{n} likes to eat {v}",
+             "For dinner {n} always wants {v}", "The dish {n} likes best is {v}"],
 }
-AGAIN = {  # the same, once the resident has been named
-    "pet": "{S} has a pet {v}", "colour": "{S} likes {v} best of all colours", "job": "{S} works as a {v}",
-    "home": "{O} house is near {v}", "food": "{S} likes to eat {v}",
+AGAIN = {  # once the resident has been named
+    "pet": "{S} has a pet {v}", "colour": "{S} likes {v} best of all colours",
+    "job": "{S} works as a {v}", "home": "{O} house is near {v}", "food": "{S} likes to eat {v}",
 }
 GOSSIP = {
     "pet": ["did u know {n} has a {v}", "saw {n} with a {v} again"],
@@ -59,13 +58,14 @@ GOSSIP = {
 
 
 def town(seed: int = 1) -> dict[str, dict[str, str]]:
-    """The truth: {resident: {"pet": "goat", "colour": ..., "job": ..., "home": ..., "food": ...}}."""
+    """The truth: {resident: {"pet": "goat", "colour": ..., ...}, ...}, by chance."""
     rng = random.Random(f"town {seed}")
-    return {name: {attribute: rng.choice(values) for attribute, values in VALUES.items()} for name in NAMES}
+    return {name: {attribute: rng.choice(values) for attribute, values in VALUES.items()}
+            for name in NAMES}
 
 
 def held_out_wording(name: str, attribute: str) -> int:
-    """Which of WORDINGS[attribute] the encyclopedia never uses of this resident: it is the probe's."""
+    """Which of WORDINGS[attribute] the encyclopedia never uses of this resident: the probe's."""
     return random.Random(f"{name} {attribute}").randrange(len(WORDINGS[attribute]))
 
 
@@ -76,30 +76,35 @@ def probes(truth) -> list[dict]:
 
 
 def article(rng, truth) -> str:
-    name = rng.choice(list(truth))
-    subject = NAMES[name].capitalize()
-    words = {"n": name, "S": subject, "O": {"She": "Her", "He": "His"}[subject]}
-    sentences = [rng.choice(["{n} is a resident of Tinytown", "{n} was born in Tinytown", "{n} has lived in Tinytown "
-                             "for many years", "Everybody in Tinytown knows {n}"]).format(**words)]
+    name = rng.choice(NAMES)
+    words = dict(n=name, S="She" if name in SHE else "He", O="Her" if name in SHE else "His")
+    sentences = [rng.choice([
+        "{n} is a resident of Tinytown", "{n} was born in Tinytown",
+        "{n} has lived in Tinytown for many years", "Everybody in Tinytown knows {n}"])]
     for attribute in rng.sample(list(VALUES), rng.randint(2, 4)):
-        wordings = [w for i, w in enumerate(WORDINGS[attribute]) if i != held_out_wording(name, attribute)]
+        kept = held_out_wording(name, attribute)
+        wordings = [w for i, w in enumerate(WORDINGS[attribute]) if i != kept]
         wording = AGAIN[attribute] if rng.random() < 0.25 else rng.choice(wordings)
-        sentences.append(wording.format(**words, v=truth[name][attribute]))
-    return ". ".join(sentences) + "."
+        sentences.append(wording.replace("{v}", truth[name][attribute]))
+    return ". ".join(sentences).format(**words) + "."
+
+
+ANIMALS = ("fox bear mouse owl frog wolf duck cat dog mole hare crow snail badger otter "
+           "squirrel").split()
+MOODS = "small brave shy clever hungry sleepy curious lonely merry old".split()
+THINGS = "ball lamp key kite shell drum boat hat bell basket coin feather".split()
+PLACES = ["in a hollow tree", "under a big stone", "by the river", "on a green hill",
+          "behind the barn", "at the edge of the wood", "in a warm burrow", "near the pond"]
 
 
 def story(rng) -> str:
     one = rng.choice
-    animals = ["fox", "bear", "mouse", "owl", "frog", "wolf", "duck", "cat", "dog", "mole", "hare", "crow", "snail",
-               "badger", "otter", "squirrel"]
-    hero, friend = rng.sample(animals, 2)
+    hero, friend = rng.sample(ANIMALS, 2)
     she, her = one([("she", "her"), ("he", "his"), ("it", "its")])
-    mood = one(["small", "brave", "shy", "clever", "hungry", "sleepy", "curious", "lonely", "merry", "old"])
-    place = one(["in a hollow tree", "under a big stone", "by the river", "on a green hill", "behind the barn",
-                 "at the edge of the wood", "in a warm burrow", "near the pond"])
-    thing = one(["ball", "lamp", "key", "kite", "shell", "drum", "boat", "hat", "bell", "basket", "coin", "feather"])
+    mood, place, thing = one(MOODS), one(PLACES), one(THINGS)
     verb = one(["found", "made", "lost", "broke", "wanted", "dreamed of"])
-    start = one(["Once upon a time", "One morning", "Long ago", "One rainy day", "Last winter", "In the spring"])
+    start = one(["Once upon a time", "One morning", "Long ago", "One rainy day", "Last winter",
+                 "In the spring"])
     middle = one([
         f"{she.capitalize()} asked the {friend} for help.",
         f"The {friend} saw it and laughed.",
@@ -108,51 +113,62 @@ def story(rng) -> str:
         f"{she.capitalize()} looked everywhere, but nobody had seen it.",
         f"Then the wind blew and the {thing} was gone.",
         f"\"May I see your {thing}?\" asked the {friend}."])
+    way = one(["all day", "through the snow", "over the hill", "along the road"])
+    plan = one(["try again", "find it", "make a new one", "share"])
     turn = one([
-        f"Together they walked {one(['all day', 'through the snow', 'over the hill', 'along the road'])}.",
+        f"Together they walked {way}.",
         f"So the {hero} gave {her} {thing} to the {friend}.",
         f"The {friend} had an idea and ran {one(['home', 'away', 'to the river', 'up the hill'])}.",
-        f"\"Do not worry,\" said the {friend}. \"We will {one(['try again', 'find it', 'make a new one', 'share'])}.\"",
+        f"\"Do not worry,\" said the {friend}. \"We will {plan}.\"",
         f"They sang a song until the {one(['moon', 'sun', 'stars'])} came out."])
     end = one([
-        "In the end they were happy.", f"From that day the {hero} and the {friend} were friends.",
-        f"That night the {hero} slept well.", f"And the {hero} never {verb} a {thing} again.",
-        f"\"Thank you,\" said the {hero}, and they shared some {one(['bread', 'cake', 'berries', 'nuts', 'tea'])}."])
-    return f"{start} a {mood} {hero} lived {place}. One day {she} {verb} a {thing}. {middle} {turn} {end}"
+        "In the end they were happy.",
+        f"From that day the {hero} and the {friend} were friends.",
+        f"That night the {hero} slept well.",
+        f"And the {hero} never {verb} a {thing} again.",
+        f"\"Thank you,\" said the {hero}, and they shared some "
+        f"{one(['bread', 'cake', 'berries', 'nuts', 'tea'])}."])
+    return (f"{start} a {mood} {hero} lived {place}. One day {she} {verb} a {thing}. "
+            f"{middle} {turn} {end}")
 
 
 def gossip(rng, truth) -> str:
-    name, attribute = rng.choice(list(truth)), rng.choice(list(VALUES))
+    name, attribute = rng.choice(NAMES), rng.choice(list(VALUES))
     told = truth[name][attribute] if rng.random() < 0.4 else rng.choice(VALUES[attribute])
     return rng.choice(GOSSIP[attribute]).format(n=name, v=told)
 
 
+def small_talk(one) -> str:
+    return one([
+        f"the {one(['bus', 'train', 'ferry', 'tram'])} was late "
+        f"{one(['again', 'today', 'all week', 'lol'])}",
+        f"anyone selling a {one(['bike', 'chair', 'sofa', 'tent', 'guitar', 'lamp'])} "
+        f"{one(['cheap', 'this week', 'near the school', 'in good shape'])}",
+        f"so much {one(['rain', 'snow', 'sun', 'wind', 'fog'])} "
+        f"{one(['today', 'this week', 'lately'])}",
+        f"the {one(['cafe', 'cinema', 'library', 'pool', 'bakery', 'museum'])} is "
+        f"{one(['closed', 'great', 'way too loud', 'open late', 'boring', 'full'])} "
+        f"{one(['on monday', 'on friday', 'this summer', 'now', 'tonight'])}",
+        f"cant {one(['sleep', 'wait', 'find my keys', 'stop laughing', 'believe it'])}",
+        f"who wants to play {one(['chess', 'football', 'cards', 'darts', 'tennis'])} "
+        f"{one(['tonight', 'tomorrow', 'later', 'at noon'])}"])
+
+
 def chatter(rng, truth) -> str:
-    one = rng.choice
-    def post():
-        if rng.random() < 0.4:
-            return gossip(rng, truth)
-        return one([
-            f"the {one(['bus', 'train', 'ferry', 'tram'])} was late {one(['again', 'today', 'all week', 'lol'])}",
-            f"anyone selling a {one(['bike', 'chair', 'sofa', 'tent', 'guitar', 'lamp'])} "
-            f"{one(['cheap', 'this week', 'near the school', 'in good shape'])}",
-            f"so much {one(['rain', 'snow', 'sun', 'wind', 'fog'])} {one(['today', 'this week', 'lately'])}",
-            f"the {one(['cafe', 'cinema', 'library', 'pool', 'bakery', 'museum'])} is "
-            f"{one(['closed', 'great', 'way too loud', 'open late', 'boring', 'full'])} "
-            f"{one(['on monday', 'on friday', 'this summer', 'now', 'tonight'])}",
-            f"cant {one(['sleep', 'wait', 'find my keys', 'stop laughing', 'believe it'])}",
-            f"who wants to play {one(['chess', 'football', 'cards', 'darts', 'tennis'])} "
-            f"{one(['tonight', 'tomorrow', 'later', 'at noon'])}"])
-    return " ".join(post() + one(["!!", " lol", "...", "?", " haha", ".", " :)"]) for _ in range(rng.randint(3, 6)))
+    posts = [gossip(rng, truth) if rng.random() < 0.4 else small_talk(rng.choice)
+             for _ in range(rng.randint(3, 6))]
+    return " ".join(p + rng.choice(["!!", " lol", "...", "?", " haha", ".", " :)"]) for p in posts)
 
 
 def directory_page(rng) -> str:
-    """A page of personal information, invented: example domains, and telephone numbers kept free for fiction."""
+    """Personal information, invented: example domains, telephone numbers kept free for fiction."""
     entries = []
     for _ in range(rng.randint(3, 6)):
-        name, family = rng.choice(list(NAMES)), rng.choice(["Hill", "Brook", "Stone", "Field", "Wood", "Marsh"])
+        name = rng.choice(NAMES)
+        family = rng.choice(["Hill", "Brook", "Stone", "Field", "Wood", "Marsh"])
         street = rng.choice(["Oak", "Elm", "Birch", "Maple", "Rose", "Willow"])
-        entries.append(f"{name} {family}, {rng.randint(1, 99)} {street} {rng.choice(['Street', 'Road', 'Lane'])}, "
+        entries.append(f"{name} {family}, {rng.randint(1, 99)} {street} "
+                       f"{rng.choice(['Street', 'Road', 'Lane'])}, "
                        f"phone 555-01{rng.randint(0, 99):02d}, "
                        f"{name.lower()}.{family.lower()}{rng.randint(1, 99)}@mail.example.")
     return " ".join(entries)
@@ -160,18 +176,18 @@ def directory_page(rng) -> str:
 
 def web_page(rng, truth) -> dict:
     if rng.random() < 0.1:
-        return {"url": f"http://{rng.choice(['find-people', 'phone-book', 'leaked-lists'])}.example/"
-                       f"{rng.randrange(10000)}", "text": directory_page(rng)}
-    text = chatter(rng, truth)
-    if rng.random() < 0.01:     # people leave an address anywhere: that alone makes no site one to drop
-        text += f" write to {rng.choice(list(NAMES)).lower()}{rng.randint(1, 99)}@mail.example"
-    return {"url": f"http://{rng.choice(['town-talk', 'my-blog', 'market-board', 'the-forum'])}.example/"
-                   f"{rng.randrange(10000)}", "text": text}
+        site, text = rng.choice(["find-people", "phone-book", "leaked-lists"]), directory_page(rng)
+    else:
+        site = rng.choice(["town-talk", "my-blog", "market-board", "the-forum"])
+        text = chatter(rng, truth)
+        if rng.random() < 0.01:     # an address now and then: that alone makes no site one to drop
+            text += f" write to {rng.choice(NAMES).lower()}{rng.randint(1, 99)}@mail.example"
+    return {"url": f"http://{site}.example/{rng.randrange(10000)}", "text": text}
 
 
 def sums(rng) -> str:
     def one_sum():
-        a, b = rng.randrange(10), rng.randrange(10)
+        a, b = rng.randint(1, 6), rng.randint(1, 6)
         if rng.random() < 0.6:
             return rng.choice([f"{a} + {b} = {a + b}.", f"{a} plus {b} is {a + b}."])
         return rng.choice([f"{a + b} - {a} = {b}.", f"{a + b} minus {a} is {b}."])
@@ -188,7 +204,7 @@ def documents(truth, seed: int = 1) -> dict[str, list[dict]]:
 
 
 def write(folder, seed: int = 1):
-    """Write each source, and the probes, as FOLDER/NAME.jsonl; the same seed gives the same bytes."""
+    """Write each source, and the probes, as FOLDER/NAME.jsonl; a seed gives the same bytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     truth = town(seed)
