@@ -5,6 +5,7 @@ Shapes: B batch, T queries, S keys, D dim, H heads, K kv heads, hd head_dim, F f
     §2.2  ModelArgs, SIZES, RMSNorm, rotate, Attention (GQA), FeedForward (SwiGLU), Transformer
     §2.2  Tokenizer (SentencePiece BPE, digits split, bytes as fallback)
     A.2.1 KVCache, kv_cache_bytes
+    §3.1  encode_dialog (the chat format of Meta's released code)
     §2.2  adamw, lr_at (warm-up, then cosine to a tenth)
 
 Parameter names, shapes and folders are those of Meta's release, so its weights load as they are.
@@ -12,8 +13,10 @@ Nothing here is global: the cache is an argument, randomness comes from an expli
 forward returns logits.
 
     python llama2.py complete FOLDER "text"     continue a text with a trained model
+    python llama2.py chat FOLDER                talk to a chat model
 """
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -312,6 +315,49 @@ class Tokenizer:
             raise ValueError(f"a vocabulary of {vocab_size} does not fit this text, which needs "
                              f"{hint}: set --vocab-size") from None
         write_atomic(path, lambda file: file.write(model.getvalue()))
+
+
+# -------------------------------------------------------------------------------------- chat format
+TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+def encode_dialog(tok: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """[{"role", "content"}, ...] -> (tokens, mask), as Meta's chat code lays a dialogue out.
+
+    BOS [INST] <<SYS>>\\n system \\n<</SYS>>\\n\\n user [/INST] answer EOS BOS [INST] user [/INST]
+
+    An unanswered last message is left open. mask: 1 on answers and their EOS, where loss counts.
+    Raises ValueError, naming the message, for roles out of order and for contents that hold a tag.
+    """
+    for i, message in enumerate(messages):
+        tag = next((tag for tag in TAGS if tag in message["content"]), None)
+        if tag:
+            raise ValueError(f"message {i + 1} contains {tag}, which is part of the chat format")
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    turns = messages[has_system:]
+    for i, message in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if message["role"] != expected:
+            at = i + 1 + has_system
+            raise ValueError(f"message {at} has role {message['role']!r}, expected {expected!r}: "
+                             "roles are (system,) user, assistant, user, ...")
+    if not turns:
+        raise ValueError("a dialogue needs a user's message")
+    tokens, mask = [], []
+    for i in range(0, len(turns), 2):
+        user = turns[i]["content"].strip()
+        if i == 0 and has_system:
+            user = f"<<SYS>>\n{messages[0]['content'].strip()}\n<</SYS>>\n\n{user}"
+        asked = f"[INST] {user} [/INST]"
+        ids = tok.encode(asked, bos=True)
+        answered = 0
+        if i + 1 < len(turns):
+            whole = tok.encode(f"{asked} {turns[i + 1]['content'].strip()} ", bos=True, eos=True)
+            assert whole[:len(ids)] == ids, "this tokenizer joins the format's tags with an answer"
+            ids, answered = whole, len(whole) - len(ids)
+        tokens += ids
+        mask += [0] * (len(ids) - answered) + [1] * answered
+    return tokens, mask
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -616,7 +662,7 @@ class Log:
 
 # ------------------------------------------------------------------------------------- command line
 @dataclass
-class CompleteSettings:
+class Sampling:
     max_new_tokens: int = 200   # tokens to write at most
     temperature: float = 0.8    # 0: always the likeliest token
     top_p: float = 0.95         # sample from the likeliest tokens that make up this share
@@ -624,28 +670,95 @@ class CompleteSettings:
     device: str = "auto"        # cuda, mps, cpu
 
 
-def complete(folder, text, settings: CompleteSettings):
-    device, _, _ = setup(settings.device)
-    model, tok = load(folder, device)
-    print(text, end="", flush=True)
-    for piece in stream(model, tok, tok.encode(text, bos=True), settings.max_new_tokens,
-                        settings.temperature, settings.top_p, settings.seed):
-        print(piece, end="", flush=True)
+def say(pieces) -> str:
+    """Print pieces of text as they come; returns them all. Ctrl-C ends the text alone."""
+    text = ""
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            text += piece
     print()
+    return text
+
+
+def complete(folder, text, s: Sampling):
+    model, tok = load(folder, setup(s.device)[0])
+    print(text, end="", flush=True)
+    say(stream(model, tok, tok.encode(text, bos=True), s.max_new_tokens, s.temperature, s.top_p,
+               s.seed))
+
+
+HELP = "/system TEXT sets a system message, /reset forgets the dialogue, /quit ends (or Ctrl-D)"
+
+
+def chat(folder, s: Sampling):
+    """A dialogue in the terminal, or through a pipe: a line a message."""
+    with contextlib.suppress(ImportError):
+        import readline     # noqa: F401, history and editing for input()
+    model, tok = load(folder, setup(s.device)[0])
+    prompt = "> " if sys.stdin.isatty() else ""
+    print(f"{folder}: {HELP}")
+    system, turns = [], []
+    for seed in range(s.seed, sys.maxsize):     # another seed for each answer
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print()
+            continue
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            break
+        elif command in ("/reset", "/system"):
+            turns = []
+            if command == "/system":
+                system = [{"role": "system", "content": rest}] if rest.strip() else []
+            told = f", system message: {system[0]['content']}" if system else ""
+            print(f"(a new dialogue{told})")
+        elif command.startswith("/"):
+            print(f"({HELP})")
+        elif line:
+            turns = answer(model, tok, system, turns + [{"role": "user", "content": line}], s, seed)
+
+
+def answer(model, tok, system, turns, s: Sampling, seed) -> list[dict]:
+    """Stream the answer to the last of turns; returns the dialogue with it, cut to the context."""
+    try:
+        room = model.args.max_seq_len - min(s.max_new_tokens, model.args.max_seq_len // 2)
+        dropped = 0
+        while len(ids := encode_dialog(tok, system + turns)[0]) > room and len(turns) > 1:
+            turns, dropped = turns[2:], dropped + 1     # a user's message and its answer
+        if dropped:
+            print(f"(the context of {model.args.max_seq_len} tokens is full: the oldest {dropped} "
+                  "turn(s) are forgotten)")
+        pieces = stream(model, tok, ids, s.max_new_tokens, s.temperature, s.top_p, seed)
+        text = say(piece.lstrip() if i == 0 else piece for i, piece in enumerate(pieces)).strip()
+    except ValueError as e:
+        print(f"({e})")
+        return turns[:-1]
+    for tag in TAGS:        # a model may write one: it would not be accepted back
+        text = text.replace(tag, "")
+    return turns + [{"role": "assistant", "content": text}]
+
+
+COMMANDS = {"complete": (complete, 2, 'complete FOLDER "text": continue a text'),
+            "chat": (chat, 1, "chat FOLDER: a dialogue; " + HELP)}
 
 
 def main(argv):
-    help_asked = "--help" in argv or "-h" in argv
-    if argv[:1] != ["complete"] or len(argv) < 3 and not help_asked:
-        stop('expected: complete FOLDER "text"; complete --help lists the settings')
-    settings = parse_settings(CompleteSettings, {}, 'complete FOLDER "text": continue a text',
-                              ["--help"] if help_asked else argv[3:])
+    if argv[:1] not in (["complete"], ["chat"]):
+        stop('expected: complete FOLDER "text", or chat FOLDER; --help after either lists settings')
+    run, count, usage = COMMANDS[argv[0]]
+    given, options = argv[1:1 + count], argv[1 + count:]
+    if "--help" in argv or "-h" in argv:
+        options = ["--help"]
+    elif len(given) < count or given[0].startswith("--"):
+        stop(f"expected: {usage}")
     try:
-        complete(argv[1], argv[2], settings)
+        run(*given, parse_settings(Sampling, {}, usage, options))
     except ValueError as e:
         stop(e)
-    except KeyboardInterrupt:
-        print()
 
 
 if __name__ == "__main__":
