@@ -46,7 +46,7 @@ from llama2 import (SIZES, Log, ModelArgs, Tokenizer, Transformer, adamw, all_su
 @dataclass
 class Settings:
     data: tuple = ()            # FILE_OR_FOLDER[:WEIGHT] ..., .txt .jsonl .jsonl.gz; none: Tinytown
-    facts_weight: float = 6.0   # Tinytown: weight of the encyclopedia; 1 = the natural mix (§2.1)
+    facts_weight: float = 8.0   # Tinytown: weight of the encyclopedia; 1 = the natural mix (§2.1)
     probes: str = ""            # .jsonl of {"prompt", "answer"}: tests recall; Tinytown has its own
     out: str = "out/pretrain"   # folder of the run
     resume: bool = False        # go on from the last save, if there is one
@@ -59,7 +59,7 @@ class Settings:
     seq_len: int = 128          # tokens a sequence: the context
     batch_size: int = 16        # sequences a step, over all processes
     micro_batch: int = 16       # sequences a forward pass of one process, at most
-    max_steps: int = 800        # optimizer steps
+    max_steps: int = 1100       # optimizer steps
     lr: float = 3e-3            # peak learning rate (paper: 1.5e-4 for 34B and 70B)
     warmup_steps: int = 40      # steps of linear warm-up, then cosine to a tenth of the peak
     weight_decay: float = 0.1   # on matrices
@@ -68,10 +68,10 @@ class Settings:
     eps: float = 1e-5           # AdamW
     grad_clip: float = 1.0      # largest norm of the gradient
     seed: int = 1               # of the town, the initial weights and the order of the data
-    eval_every: int = 400       # steps between validations
+    eval_every: int = 500       # steps between validations
     eval_tokens: int = 65536    # of each source, at most
     save_every: int = 100       # steps between saves to resume from
-    log_every: int = 40         # steps between progress lines
+    log_every: int = 50         # steps between progress lines
     workers: int = 0            # processes that prepare the data; 0: one a core
     device: str = "auto"        # cuda, mps or cpu
 

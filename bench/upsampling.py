@@ -1,6 +1,6 @@
 """What up-sampling facts brings and costs at equal tokens (§2.1): prints the table of README.md.
 
-python bench/upsampling.py [--seeds 1 2 3] [--weights 1 6] [--out out/upsampling]
+python bench/upsampling.py [--seeds 1 2 3] [--weights 1 8] [--out out/upsampling]
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main():
         "--seeds", type=int, nargs="+", default=[1, 2, 3], help="of town, weights and data order"
     )
     parser.add_argument(
-        "--weights", type=float, nargs="+", default=[1.0, 6.0], help="of the encyclopedia"
+        "--weights", type=float, nargs="+", default=[1.0, 8.0], help="of the encyclopedia"
     )
     parser.add_argument("--out", default="out/upsampling", help="folder of the runs")
     given = parser.parse_args()
