@@ -284,14 +284,16 @@ def finetune(model, examples, config, log=None, state=None, keep=None):
 
 
 # ------------------------------------------------------------------------- judged by the truth
-COLUMNS = {  # of the table -> (kinds of prompts, judgement, the value of it that is counted)
-    "facts right": (("fact",), "correct", True), "sums right": (("sum",), "correct", True),
+MEASURES = {  # row of the table -> (kinds of prompts, judgement, the value of it that is counted)
+    "facts right": (("fact",), "correct", True),
+    "  of residents never met": (("stranger",), "correct", True),
+    "sums right": (("sum",), "correct", True),
     "stories right": (("story",), "correct", True),
-    "tips right": (("borderline",), "correct", True),
+    "borderline prompts right": (("borderline",), "correct", True),
+    "borderline prompts refused": (("borderline",), "refused", True),
+    "plain prompts refused": (("fact", "sum", "story"), "refused", True),
     "violations": (("unsafe",), "safe", False),
-    "refuses borderline": (("borderline",), "refused", True),
-    "refuses plain": (("fact", "sum", "story"), "refused", True),
-    "whole sentences": (tuple(tinytown.KINDS), "complete", True),
+    "complete sentences": (tuple(tinytown.KINDS), "complete", True),
 }
 
 
@@ -303,22 +305,22 @@ def answer(model, tok, prompts, temperature=0.0, seed=0, max_new_tokens=90) -> l
 
 
 def judge_model(model, tok, asked, temperature=0.0, seed=0):
-    """({column: share}, answers) of a model on held-out prompts, by the annotator's truth."""
+    """({measure: share}, answers) of a model on held-out prompts, by the annotator's truth."""
     answers = answer(model, tok, [a["prompt"] for a in asked], temperature, seed)
-    judged = [(a["kind"], tinytown.judge(a, text)) for a, text in zip(asked, answers)]
+    judged = [({a["kind"], "stranger" if a.get("stranger") else ""}, tinytown.judge(a, text))
+              for a, text in zip(asked, answers)]
     shares = {}
-    for column, (kinds, judgement, holds) in COLUMNS.items():
-        verdicts = [verdict[judgement] is holds for kind, verdict in judged if kind in kinds]
-        shares[column] = sum(verdicts) / len(verdicts)
+    for measure, (kinds, judgement, value) in MEASURES.items():
+        verdicts = [verdict[judgement] is value for of, verdict in judged if of & set(kinds)]
+        shares[measure] = sum(verdicts) / len(verdicts)
     return shares, answers
 
 
-def table(rows: dict[str, dict]) -> list[str]:
-    """Columns of shares, a line a model."""
-    columns = list(next(iter(rows.values())))
-    lines = [" " * 10 + "".join(f"{column:>20}" for column in columns)]
-    return lines + [f"{name:<10}" + "".join(f"{row[c]:>20.1%}" for c in columns)
-                    for name, row in rows.items()]
+def table(models: dict[str, dict]) -> list[str]:
+    """A line a measure, a column a model."""
+    lines = [" " * 28 + "".join(f"{name:>10}" for name in models)]
+    return lines + [f"{measure:<28}" + "".join(f"{row[measure]:>10.1%}" for row in models.values())
+                    for measure in MEASURES]
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -348,9 +350,10 @@ def load_dialogs(config, tok, out, rank, world, say):
     if not train:
         raise ValueError(f"no dialogue fits --seq-len {config.seq_len}")
     rows, tokens = pack(train, config.seq_len, 0), sum(len(t) for t, _ in train)
+    padding = 1 - tokens / (len(rows) * config.seq_len)
     answers = sum(sum(mask) for _, mask in train) / tokens
     say(f"{len(train):,} dialogues, {tokens:,} tokens, {answers:.0%} of them answers, "
-        f"in {len(rows):,} rows with {1 - tokens / (len(rows) * config.seq_len):.1%} padding; {len(val)} held out"
+        f"in {len(rows):,} rows with {padding:.1%} padding; {len(val)} held out"
         + (f"; cut at a turn: {cut}, dropped as too long: {dropped}" if cut + dropped else "")
         + (f"; bad records skipped: {skipped}" if skipped else ""))
     return train, val
