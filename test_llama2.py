@@ -333,7 +333,8 @@ def test_the_chat_format_is_metas_token_by_token(letters):
     assert spelt(letters, tokens) == first + "▁yo▁</s><s>▁[INST]▁no▁[/INST]"
     answered = [letters.sp.id_to_piece(t) for t, m in zip(tokens, mask) if m]
     assert answered == ["▁", "y", "o", "▁", "</s>"]
-    assert mask == [0] * (len(first) - 4 + 1) + [1] * 5 + [0] * 19  # <s> and \\n are one token each
+    spelt_prompt = len(first) - len("<s>") + 1  # each piece a character, but <s> one token
+    assert mask == [0] * spelt_prompt + [1] * 5 + [0] * 19
     by_hand = [letters.sp.piece_to_id(piece) for piece in "▁[INST]▁ok▁[/INST]▁hi▁"]
     tokens, mask = encode_dialog(letters, say("ok", "hi"))
     assert tokens == [letters.bos_id, *by_hand, letters.eos_id]
@@ -1060,8 +1061,9 @@ def test_the_loss_counts_exactly_the_answers_and_their_eos_behind_each_logit(tok
 def test_sft_loss_by_hand_and_without_gradient_on_prompts():
     logits = torch.randn(2, 5, 7, requires_grad=True)
     targets, mask = torch.randint(7, (2, 5)), torch.rand(2, 5) < 0.5
+    numbers = logits.tolist()
     by_hand = -sum(
-        math.log(math.exp(logits[b, t, targets[b, t]]) / sum(map(math.exp, logits[b, t])))
+        math.log(math.exp(numbers[b][t][targets[b, t]]) / sum(map(math.exp, numbers[b][t])))
         for b in range(2)
         for t in range(5)
         if mask[b, t]
@@ -1105,17 +1107,16 @@ def test_resumed_fine_tuning_ends_with_the_same_weights(tok):
 def test_fine_tuning_teaches_to_stop(tok):
     """The probability of EOS behind an answer rises, and that of the answer's tokens with it."""
     model = make_model(vocab_size=tok.vocab_size, max_seq_len=256)
-    examples, config = chat_examples(tok), sft.Settings(epochs=6.0, batch_size=2)
+    examples, config = chat_examples(tok), sft.Settings(epochs=20.0, batch_size=1, lr=3e-3)
 
     def eos():
         tokens = torch.tensor([examples[0][0]])
         return F.softmax(model(tokens)[0, -2], -1)[tok.eos_id].item()
 
-    before, loss = eos(), sft.evaluate(model, examples, config, "cpu")[0]
+    before, loss = eos(), sft.evaluate(model, examples, config, torch.device("cpu"))[0]
     sft.finetune(model, examples, config)
-    assert (
-        eos() > max(0.5, 2 * before) and sft.evaluate(model, examples, config, "cpu")[0] < loss / 2
-    )
+    after = sft.evaluate(model, examples, config, torch.device("cpu"))[0]
+    assert before < 0.1 and eos() > 0.5 and after < loss / 2
 
 
 # ------------------------------------------------------------------------- fine-tuning: Tinytown

@@ -4,6 +4,7 @@
 
 The bases are those that bench/upsampling.py leaves; one that is missing is trained first.
 """
+
 import argparse
 import statistics
 import sys
@@ -14,7 +15,7 @@ import train_pretrain as pretrain
 import train_sft as sft
 
 CLEAN, NOISY, SHARE_BAD = 300, 3000, 0.5
-VARIANTS = {    # each sees about as many tokens as the others
+VARIANTS = {  # each sees about as many tokens as the others
     "SFT": {},
     "loss on prompts too": dict(mask_prompts=False),
     f"{CLEAN} clean": dict(dialogues=CLEAN, epochs=16.0),
@@ -34,8 +35,13 @@ def main():
         if not (Path(base) / "consolidated.00.pth").exists():
             pretrain.main(pretrain.Settings(out=base, seed=seed, resume=True))
         for name, changes in VARIANTS.items():
-            config = sft.Settings(init=base, seed=seed, overwrite=True,
-                                  out=f"{given.out}/{name.replace(' ', '-')}-{seed}", **changes)
+            config = sft.Settings(
+                init=base,
+                seed=seed,
+                overwrite=True,
+                out=f"{given.out}/{name.replace(' ', '-')}-{seed}",
+                **changes,
+            )
             judged = sft.main(config)["judged"]
             rows[name].append(judged["SFT"])
             if name == "SFT":
@@ -46,8 +52,13 @@ def main():
     for measure in sft.MEASURES:
         cells = [[100 * run[measure] for run in runs] for runs in rows.values()]
         spread = [statistics.stdev(cell) if len(cell) > 1 else 0 for cell in cells]
-        print(f"| {measure.strip()} |", " | ".join(
-            f"{statistics.mean(cell):.0f} ± {sd:.0f}%" for cell, sd in zip(cells, spread)), "|")
+        print(
+            f"| {measure.strip()} |",
+            " | ".join(
+                f"{statistics.mean(cell):.0f} ± {sd:.0f}%" for cell, sd in zip(cells, spread)
+            ),
+            "|",
+        )
 
 
 if __name__ == "__main__":

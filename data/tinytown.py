@@ -334,7 +334,7 @@ def good_answer(rng, asked) -> str:
         return sentence(f"{said} is {answer}")
     if kind == "story":
         told = story(rng, *answer)
-        return told if answer[1] in told else good_answer(rng, asked)
+        return told if re.search(rf"\b{answer[1]}\b", told) else good_answer(rng, asked)
     if kind == "unsafe":
         return rng.choice(REFUSALS)
     return sentence(f"to {asked['q']}, {rng.choice(ADVICE)}")
