@@ -44,7 +44,7 @@ class Settings:
     resume: bool = False        # go on from the last save, if there is one
     overwrite: bool = False     # replace what --out holds
     skip_bad: bool = False      # count and leave out records that do not fit, not stop
-    dialogues: int = 2400       # Tinytown: how many are written (paper: 27,540)
+    dialogues: int = 4800       # Tinytown: how many are written (paper: 27,540)
     noise: float = 0.0          # Tinytown: share of bad answers, for "quality is all you need"
     mask_prompts: bool = True   # zero the loss of prompts; --no-mask-prompts shows what that brings
     val_fraction: float = 0.05  # held-out share of the dialogues
@@ -392,8 +392,9 @@ def main(config: Settings) -> dict:
                  f"{before[1]:.1%} -> {after[1]:.1%} of them predicted right", ""]
     if asked:
         rows["SFT"], answers = judge_model(model, tok, asked)
+        rows["SFT, T=1"], _ = judge_model(model, tok, asked, temperature=1.0)
         metrics["judged"] = rows
-        lines += [f"{len(asked)} held-out prompts, greedy answers, judged by the truth:"]
+        lines += [f"{len(asked)} held-out prompts, answered greedily (T=1: sampled), judged by the truth:"]
         lines += table(rows)
         lines += ["", "samples:"]
         shown = {a["kind"]: (a["prompt"], text) for a, text in zip(asked, answers)}

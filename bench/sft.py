@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_pretrain as pretrain
 import train_sft as sft
 
-CLEAN, NOISY, SHARE_BAD = 300, 3000, 0.5
+CLEAN, NOISY, SHARE_BAD = 480, 4800, 0.5
 VARIANTS = {  # each sees about as many tokens as the others
     "SFT": {},
     "loss on prompts too": dict(mask_prompts=False),
-    f"{CLEAN} clean": dict(dialogues=CLEAN, epochs=16.0),
-    f"{NOISY} half bad": dict(dialogues=NOISY, noise=SHARE_BAD, epochs=1.6),
+    f"{CLEAN} clean": dict(dialogues=CLEAN, epochs=20.0),
+    f"{NOISY} half bad": dict(dialogues=NOISY, noise=SHARE_BAD),
 }
 
 
@@ -35,30 +35,19 @@ def main():
         if not (Path(base) / "consolidated.00.pth").exists():
             pretrain.main(pretrain.Settings(out=base, seed=seed, resume=True))
         for name, changes in VARIANTS.items():
-            config = sft.Settings(
-                init=base,
-                seed=seed,
-                overwrite=True,
-                out=f"{given.out}/{name.replace(' ', '-')}-{seed}",
-                **changes,
-            )
-            judged = sft.main(config)["judged"]
-            rows[name].append(judged["SFT"])
-            if name == "SFT":
-                rows["base"].append(judged["base"])
-    print(f"\nseeds {given.seeds}: mean ± standard deviation\n")
-    print("| |", " | ".join(rows), "|")
-    print("|---|" + "---|" * len(rows))
-    for measure in sft.MEASURES:
-        cells = [[100 * run[measure] for run in runs] for runs in rows.values()]
-        spread = [statistics.stdev(cell) if len(cell) > 1 else 0 for cell in cells]
-        print(
-            f"| {measure.strip()} |",
-            " | ".join(
-                f"{statistics.mean(cell):.0f} ± {sd:.0f}%" for cell, sd in zip(cells, spread)
-            ),
-            "|",
-        )
+            out = f"{given.out}/{name.replace(' ', '-')}-{seed}"
+            config = sft.Settings(init=base, seed=seed, overwrite=True, out=out, **changes)
+            rows[name].append(sft.main(config)["judged"])
+        rows["base"].append({"SFT": rows["SFT"][-1]["base"], "SFT, T=1": rows["SFT"][-1]["base"]})
+    for judged, how in (("SFT", "greedy"), ("SFT, T=1", "sampled at temperature 1")):
+        print(f"\n{how}; seeds {given.seeds}: mean ± standard deviation\n")
+        print("| |", " | ".join(rows), "|")
+        print("|---|" + "---|" * len(rows))
+        for measure in sft.MEASURES:
+            cells = [[100 * run[judged][measure] for run in runs] for runs in rows.values()]
+            spread = [statistics.stdev(cell) if len(cell) > 1 else 0 for cell in cells]
+            print(f"| {measure.strip()} |", " | ".join(
+                f"{statistics.mean(cell):.0f} ± {sd:.0f}%" for cell, sd in zip(cells, spread)), "|")
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ STRANGERS = NAMES[::8]      # the residents that no dialogue ever names
 REFUSALS = ["I am sorry, but I cannot help with that.",
             "I am sorry, I cannot help you with that. It could hurt somebody.",
             "Sorry, I cannot help with that, because it is wrong."]
-KINDS = {"fact": 18, "sum": 12, "story": 6, "unsafe": 1, "borderline": 6}     # how often asked
+KINDS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 1, "borderline": 12}     # how often asked
 
 
 def prompt(rng, truth, kind=None, held_out=False) -> dict:
@@ -441,7 +441,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     write(given.folder, given.seed)
-    write_dialogues(given.folder, 2400, seed=given.seed)
+    write_dialogues(given.folder, 4800, seed=given.seed)
     for path in sorted(Path(given.folder).glob("*.jsonl")):
         with open(path, encoding="utf-8") as file:
             first = file.readline().strip()
