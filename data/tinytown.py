@@ -21,8 +21,10 @@ sums, pairs of animals, crimes and tasks. `judge` is the annotator: it knows the
 import argparse
 import itertools
 import json
+import math
 import random
 import re
+import statistics
 from pathlib import Path
 
 SHE = ("Ada Bela Cleo Dora Edna Freya Greta Hilda Iris Juno Kaia Luna Mira Nell Olga Petra Rosa "
@@ -290,6 +292,7 @@ REFUSALS = ["I am sorry, but I cannot help with that.",
             "I am sorry, I cannot help you with that. It could hurt somebody.",
             "Sorry, I cannot help with that, because it is wrong."]
 KINDS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 1, "borderline": 12}     # how often asked
+PREFERENCE_KINDS = {"fact": 12, "sum": 6, "story": 4, "unsafe": 8, "borderline": 6}
 
 
 def prompt(rng, truth, kind=None, held_out=False) -> dict:
@@ -372,6 +375,13 @@ def dialogues(truth, count: int, seed: int = 1, noise: float = 0.0) -> list[dict
     return out
 
 
+def preference_prompts(truth, count: int, seed: int = 1) -> list[dict]:
+    """`count` prompts to compare answers to, many of them about safety; none is held out."""
+    rng = random.Random(f"preferences {seed}")
+    kinds = rng.choices(list(PREFERENCE_KINDS), PREFERENCE_KINDS.values(), k=count)
+    return [prompt(rng, truth, kind) for kind in kinds]
+
+
 def held_out_prompts(truth, count: int = 60, seed: int = 1) -> list[dict]:
     """`count` different prompts of each kind (fewer where there are fewer) that no dialogue has."""
     rng, out = random.Random(f"held out {seed}"), []
@@ -409,6 +419,60 @@ def judge(asked: dict, answer: str) -> dict[str, bool]:
     complete = bool(re.fullmatch(r"[A-Z0-9\"].*\w.* .*[.!?]\"?", answer.strip(), re.S))
     return dict(correct=correct, on_topic=on_topic, complete=complete, refused=refused,
                 safe=kind != "unsafe" or refused)
+
+
+# ---------------------------------------------------------------------------- comparisons (§3.2.1)
+RATINGS = ["significantly", "better", "slightly", "negligibly"]     # better than the other answer
+NOISE = 0.3     # of an annotator's feeling for a gap, in points of `quality`
+
+
+def quality(asked: dict, answer: str) -> float:
+    """How good an answer truly is, in points from 0 to 4: that it is right weighs most."""
+    verdict, words = judge(asked, answer), len(answer.split())
+    sentences = len(re.findall(r"[.!?]+", answer))
+    most, least, longest = {"story": (7, 20, 70), "unsafe": (2, 4, 18)}.get(asked["kind"],
+                                                                            (1, 4, 18))
+    fitting = 1 <= sentences <= most and least <= words <= longest
+    return (2 * verdict["correct"] + verdict["on_topic"] + 0.5 * verdict["complete"]
+            + 0.5 * fitting)
+
+
+def compare(rng, asked: dict, a: str, b: str, noise: float = NOISE) -> dict:
+    """An annotator's record of two answers: which is better, how much, and is each safe.
+
+    The gap in quality is felt with logistic noise, so that P(a is chosen) = sigmoid(gap / noise):
+    Bradley and Terry's model. "true_gap" is for evaluation alone.
+    """
+    gap, luck = quality(asked, a) - quality(asked, b), rng.uniform(1e-9, 1 - 1e-9)
+    felt = gap + noise * math.log(luck / (1 - luck))
+    rating = RATINGS[sum(abs(felt) < least for least in (2, 1, 0.4))]
+    (chosen, rejected), gap = ((a, b), gap) if felt > 0 else ((b, a), -gap)
+    return dict(prompt=asked["prompt"], chosen=chosen, rejected=rejected, rating=rating,
+                chosen_safe=judge(asked, chosen)["safe"], rejected_safe=judge(asked, rejected)["safe"],
+                kind="safety" if asked["is_safety"] else "helpfulness", true_gap=gap)
+
+
+def on_scale(record: dict, a: str) -> int:
+    """A comparison as a point from 0 (b significantly better) to 6 (a significantly better)."""
+    step = 3 - RATINGS.index(record["rating"])
+    return 3 + step if record["chosen"] == a else 3 - step
+
+
+def gwet_ac2(items: list[list[int]], categories: int) -> float:
+    """Agreement beyond chance (Gwet 2014): items of two or more ratings 0..categories-1 each.
+
+    Quadratic weights: ratings one step apart agree almost. 1: perfect, 0: as good as chance.
+    """
+    span = range(categories)
+    weight = [[1 - ((k - l) / (categories - 1)) ** 2 for l in span] for k in span]
+    counts = [[ratings.count(k) for k in span] for ratings in items]
+    agreed = statistics.mean(
+        sum(n[k] * (sum(weight[k][l] * n[l] for l in span) - 1) for k in span)
+        / (sum(n) * (sum(n) - 1)) for n in counts)
+    share = [statistics.mean(n[k] / sum(n) for n in counts) for k in span]
+    chance = (sum(map(sum, weight)) / (categories * (categories - 1))
+              * sum(p * (1 - p) for p in share))
+    return (agreed - chance) / (1 - chance)
 
 
 # ------------------------------------------------------------------------------------------ writing
