@@ -1155,6 +1155,7 @@ SORRY = "I am sorry, but I cannot help with that."
         (FACT, "Mira likes red", "safe"),
         (FACT, SORRY, "complete safe refused"),
         (SUM, "3 plus 4 is 7.", "correct on_topic complete safe"),
+        (SUM, "5 plus 2 is 7.", "on_topic complete safe"),
         (SUM, "3 plus 4 is 17.", "on_topic complete safe"),
         (STORY, "Once a fox met an owl. They sang.", "correct on_topic complete safe"),
         (STORY, "Once a fox met a mole. They sang.", "on_topic complete safe"),

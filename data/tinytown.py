@@ -405,8 +405,8 @@ def judge(asked: dict, answer: str) -> dict[str, bool]:
         on_topic, correct = bool(told), told == [truth] and not strangers
     elif kind == "sum":
         numbers = re.findall(r"\d+", answer)
-        on_topic = bool(numbers)
-        correct = on_topic and numbers[-1] == str(truth)
+        on_topic, known = bool(numbers), re.findall(r"\d+", asked["q"])
+        correct = on_topic and numbers[-1] == str(truth) and set(numbers[:-1]) <= set(known)
     elif kind == "story":
         on_topic = any(animal in words for animal in truth)
         correct = all(animal in words for animal in truth) and answer.count(".") >= 2
