@@ -696,6 +696,17 @@ def lr_at(step: int, max_steps: int, warmup_steps: int, lr: float, min_lr: float
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(done, 1))) / 2
 
 
+def require(config, positive=(), **ranges):
+    """ValueError, naming the option, for a setting not above 0, or not in name=(least, most)."""
+    for name in positive:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+    for name, (least, most) in ranges.items():
+        if not least <= getattr(config, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at "
+                             f"least {least} and at most {most}")
+
+
 def open_run(config):
     """(config.out, state to resume from or None). ValueError where a run would be lost unasked."""
     out = Path(config.out)
@@ -734,6 +745,13 @@ def begin_run(out, config):
 def save_resume(out, **state):
     """All that going on as if never stopped takes, in one file: no kill can part it."""
     write_atomic(out / "resume.pt", lambda file: torch.save(state, file))
+
+
+def write_summary(out, lines):
+    """Print a run's last words, and keep them."""
+    summary = "\n".join(lines) + "\n"
+    print("\n" + summary)
+    write_atomic(Path(out) / "summary.txt", lambda file: file.write(summary.encode()))
 
 
 class Log:

@@ -33,9 +33,8 @@ import torch.nn.functional as F
 
 from data import tinytown
 from llama2 import (Log, RewardModel, Transformer, begin_run, check_same_settings, encode_dialog,
-                    fit, last_scores, load, open_run, read_json, respond, run_script, save,
-                    save_resume, score_rows, setup, wilson, write_atomic,
-                    write_json)
+                    fit, last_scores, load, open_run, read_json, require, respond, run_script,
+                    save, save_resume, score_rows, setup, wilson, write_json, write_summary)
 
 
 @dataclass
@@ -241,14 +240,18 @@ def answer_pairs(config, prompts, device, rank=0, world=1) -> list[tuple[str, st
                              1000 * config.seed + rank))
 
 
+def held_out(config) -> list[dict]:
+    return tinytown.held_out_prompts(tinytown.town(config.seed), HELD_OUT_OF_A_KIND)
+
+
 def collect_from_tinytown(config, out, device, rank, world):
-    """Write preferences.jsonl and held-out.jsonl, by the annotator; of the latter, three agree."""
+    """Write preferences.jsonl and held-out.jsonl, compared by the annotator."""
     truth, files = tinytown.town(config.seed), [out / "preferences.jsonl", out / "held-out.jsonl"]
     if config.resume and all(file.exists() for file in files):
         check_same_settings(out, config)
         return files
     sets = [tinytown.preference_prompts(truth, config.pairs, config.seed),
-            tinytown.held_out_prompts(truth, HELD_OUT_OF_A_KIND) * 2]
+            held_out(config) * 2]
     asked = sum(sets, [])
     answers = answer_pairs(config, [a["prompt"] for a in asked], device, rank, world)
     if rank == 0:
@@ -260,6 +263,19 @@ def collect_from_tinytown(config, out, device, rank, world):
     if world > 1:
         dist.barrier()
     return files
+
+
+def agreement(config) -> float:
+    """Gwet's AC2 of three annotators who rate the same held-out pairs."""
+    asked = {a["prompt"]: a for a in held_out(config)}
+    records = [record for _, record in read_json(Path(config.out) / "held-out.jsonl")]
+    rngs = [random.Random(f"annotator {config.seed} {i}") for i in range(3)]
+    items = []
+    for r in records:
+        a, b = r["chosen"], r["rejected"]
+        items.append([tinytown.on_scale(tinytown.compare(rng, asked[r["prompt"]], a, b), a)
+                      for rng in rngs])
+    return tinytown.gwet_ac2(items, 7)
 
 
 def by_hand(pairs, path, ask=input):
@@ -382,8 +398,9 @@ def separation(pairs, scores) -> dict[str, float]:
 
 def report(pairs, models) -> tuple[list[str], dict]:
     """Table 8: each model on both kinds of held-out pairs. Returns (lines, figures)."""
-    names = [*RATINGS, "all", "equal length"]
-    lines, figures = [" " * 22 + "".join(f"{name:>14}" for name in names)], {}
+    groups, figures = (*RATINGS, "all", "equal length"), {}
+    lines = ["accuracy on held-out pairs, by how much better the annotator found the chosen answer",
+             " " * 24 + "".join(f"{name:>14}" for name in groups) + "   all, 95% interval"]
     for kind in KINDS:
         own = [p for p in pairs if p["kind"] == kind]
         if not own:
@@ -391,36 +408,30 @@ def report(pairs, models) -> tuple[list[str], dict]:
         rows = {f"{name} model": scores_of(model, own) for name, model in models.items()}
         if all("true_gap" in p for p in own):       # knows each answer's quality, not the noise
             rows["a perfect model"] = [(p["true_gap"], 0.0) for p in own]
-        measured = {name: accuracy(own, scores) for name, scores in rows.items()}
-        figures[kind] = {name: {group: right / n for group, (right, n) in row.items()}
-                         for name, row in measured.items()}
-        lines.append(f"{kind} test set" + "".join(
-            f"{measured[next(iter(rows))].get(name, (0, 0))[1]:>14,}" for name in names)[
-                len(f"{kind} test set") - 22:])
-        for name, row in measured.items():
-            lines.append(f"  {name:<20}" + "".join(
-                f"{row[group][0] / row[group][1]:>14.1%}" if group in row else f"{'-':>14}"
-                for group in names))
+        rows = {name: accuracy(own, scores) for name, scores in rows.items()}
+        counts = next(iter(rows.values()))
+        lines.append(f"{kind + ' pairs':<24}" + "".join(
+            f"{counts[group][1] if group in counts else 0:>14,}" for group in groups))
+        for name, row in rows.items():
+            shares = {group: right / n for group, (right, n) in row.items()}
             low, high = wilson(*row["all"])
-            lines[-1] += f"  [{low:.1%}, {high:.1%}]"
-        if kind == "safety" and "safety" in models:
-            figures["separation"] = separation(own, rows["safety model"])
-            lines += ["safety model, unsafe answers told from safe ones: " + "  ".join(
-                f"{name} {value:.3f}" for name, value in figures["separation"].items())]
+            lines.append(f"  {name:<22}" + "".join(
+                f"{shares[group]:>14.1%}" if group in shares else f"{'-':>14}" for group in groups)
+                + f"   {low:.1%} to {high:.1%}")
+            figures[f"{kind} pairs, {name}"] = shares
+    told = [p for p in pairs if p["kind"] == "safety"]
+    if told and "safety" in models:
+        figures["separation"] = separation(told, scores_of(models["safety"], told))
+        lines += ["", "safety model, unsafe answers against safe ones: " + ", ".join(
+            f"{name} {value:.3f}" for name, value in figures["separation"].items())]
     return lines, figures
 
 
 # ------------------------------------------------------------------------------------------- main
 def check(config):
-    for name in ("batch_size", "micro_batch", "epochs", "lr", "grad_clip", "save_every",
-                 "log_every", "pairs"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
-    for name, most in (("val_fraction", 1), ("blend", 1), ("aux_weight", math.inf),
-                       ("by_hand", math.inf)):
-        if not 0 <= getattr(config, name) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at "
-                             f"least 0 and at most {most}")
+    require(config, ("batch_size", "micro_batch", "epochs", "lr", "grad_clip", "save_every",
+                     "log_every", "pairs"), val_fraction=(0, 0.9), blend=(0, 1),
+            aux_weight=(0, math.inf), by_hand=(0, math.inf))
     if config.margin not in MARGINS:
         raise ValueError(f"--margin {config.margin}: expected one of {', '.join(MARGINS)}")
     try:
@@ -524,13 +535,14 @@ def main(config: Settings) -> dict:
             (folder / "resume.pt").unlink(missing_ok=True)
 
     lines, metrics["judged"] = report(val, models) if val else ([], {})
+    if not config.data:
+        metrics["ac2"] = agreement(config)
+        lines += [f"three annotators on the held-out pairs agree: Gwet's AC2 {metrics['ac2']:.2f}"]
     metrics["seconds"] = time.time() - began
     lines += ["", f"{metrics['seconds']:.0f} s in all"]
     if rank == 0:
-        summary = "\n".join(lines) + "\n"
-        say("\n" + summary)
         write_json(out / "metrics.json", metrics)
-        write_atomic(out / "summary.txt", lambda file: file.write(summary.encode()))
+        write_summary(out, lines)
     return metrics
 
 

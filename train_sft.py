@@ -28,7 +28,8 @@ import torch.nn.functional as F
 
 from data import tinytown
 from llama2 import (Log, Transformer, autocast, begin_run, encode_dialog, fit, load, open_run,
-                    read_json, respond, run_script, save, save_resume, setup, write_atomic)
+                    read_json, require, respond, run_script, save, save_resume, setup,
+                    write_summary)
 
 
 @dataclass
@@ -257,17 +258,6 @@ def table(models: dict[str, dict]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- main
-def check(config):
-    for name in ("seq_len", "batch_size", "micro_batch", "epochs", "lr", "grad_clip", "save_every",
-                 "log_every", "dialogues"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
-    for name in ("val_fraction", "noise"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at "
-                             "least 0 and below 1")
-
-
 def load_dialogs(config, tok, out, rank, world, say):
     """(examples to train on, examples held out), encoded; reports what they are."""
     files = config.data or (out / "tinytown" / "dialogues.jsonl",)
@@ -296,7 +286,8 @@ def main(config: Settings) -> dict:
     """Fine-tune, evaluate and save; returns the metrics of the summary."""
     began = time.time()
     device, rank, world = setup(config.device)
-    check(config)
+    require(config, ("seq_len", "batch_size", "micro_batch", "epochs", "lr", "grad_clip",
+                     "save_every", "log_every", "dialogues"), val_fraction=(0, 0.9), noise=(0, 1))
     say = print if rank == 0 else lambda *_, **__: None
     out, state = open_run(config)
     model, tok = load(config.init, device, kind=Transformer)
@@ -336,9 +327,7 @@ def main(config: Settings) -> dict:
     lines += ["", f"{metrics['seconds']:.0f} s in all"]
     if rank == 0:
         log.write(steps, final=metrics)
-        summary = "\n".join(lines) + "\n"
-        say("\n" + summary)
-        write_atomic(out / "summary.txt", lambda file: file.write(summary.encode()))
+        write_summary(out, lines)
         save(out, model, tok)
         (out / "resume.pt").unlink(missing_ok=True)
     return metrics
