@@ -23,11 +23,11 @@ out/rm/summary.txt: | out/sft/consolidated.00.pth
 test: .venv/ready
 	$(BIN)/python -m pytest -q test_llama2.py
 
-# §2.1: what up-sampling facts brings, and costs, at equal tokens; three seeds, twelve minutes
+# §2.1: what up-sampling facts brings, and costs, at equal tokens; three seeds, eleven minutes
 upsampling: .venv/ready
 	$(BIN)/python bench/upsampling.py
 
-# §3.1: base against SFT, masked loss, quality against quantity; three seeds, five minutes more
+# §3.1: base against SFT, masked loss, quality against quantity; three seeds, eight minutes more
 quality: .venv/ready
 	$(BIN)/python bench/sft.py
 

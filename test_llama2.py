@@ -1197,7 +1197,7 @@ def test_fine_tuning_reports_and_leaves_a_chat_model(tmp_path, base, capsys):
     config = sft.Settings(init=str(base), out=str(tmp_path / "sft"), **SFT_RUN)
     metrics = sft.main(config)
     curve = losses(config.out)
-    assert curve[max(curve)] < curve[1] and set(metrics["judged"]) == {"base", "SFT"}
+    assert curve[max(curve)] < curve[1] and list(metrics["judged"]) == ["base", "SFT", "SFT, T=1"]
     assert load(config.out)[0].args.max_seq_len == 128
     shown = capsys.readouterr().out
     assert "padding" in shown and "judged by the truth" in shown and "violations" in shown

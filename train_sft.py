@@ -318,7 +318,8 @@ def main(config: Settings) -> dict:
         rows["SFT"], answers = judge_model(model, tok, asked)
         rows["SFT, T=1"], _ = judge_model(model, tok, asked, temperature=1.0)
         metrics["judged"] = rows
-        lines += [f"{len(asked)} held-out prompts, answered greedily (T=1: sampled), judged by the truth:"]
+        lines += [f"{len(asked)} held-out prompts, answered greedily (T=1: sampled), judged by "
+                  "the truth:"]
         lines += table(rows)
         lines += ["", "samples:"]
         shown = {a["kind"]: (a["prompt"], text) for a, text in zip(asked, answers)}
