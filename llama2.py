@@ -265,7 +265,8 @@ class RewardModel(Transformer):
         super().__init__(args)
         del self.output
         self.score = nn.Linear(args.dim, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=(args.dim + 1) ** -0.5)
+        # ours: small, so that what it says at random need not be unlearned first
+        nn.init.normal_(self.score.weight, std=0.1 * (args.dim + 1) ** -0.5)
 
     def forward(self, tokens, cache: KVCache | None = None):
         return self.score(self.hidden(tokens, cache)).squeeze(-1)               # (B, T)
