@@ -21,6 +21,7 @@ import dataclasses
 import gzip
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -328,6 +329,8 @@ class Tokenizer:
         """Fit BPE as in §2.2 to an iterable of strings and write it to `path`."""
         model = io.BytesIO()
         lines = (line for text in texts for line in text.split("\n") if line)
+        # with the tags of the chat format, so that they become a token or two, not eight or nine
+        lines = itertools.chain(lines, [" ".join(TAGS)] * 5000)
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=lines, model_writer=model, model_type="bpe",

@@ -1595,7 +1595,7 @@ def test_wilsons_interval_holds_the_truth_about_as_often_as_it_says():
 
 
 # ----------------------------------------------------------------------------- reward models: runs
-RM_RUN = dict(pairs=40, batch_size=8, log_every=1, device="cpu", base="none", temperatures=(1.0,))
+RM_RUN = dict(pairs=40, margin="small", batch_size=8, log_every=1, device="cpu", base="none", temperatures=(1.0,))
 
 
 def test_collection_gives_two_answers_from_two_variants_at_all_temperatures(tok):
@@ -1641,7 +1641,10 @@ def test_an_interrupted_run_keeps_its_preferences_and_its_finished_model(tmp_pat
     kept = {name: (tmp_path / "rm" / name).stat().st_mtime_ns for name in
             ("preferences.jsonl", "helpfulness/consolidated.00.pth")}
     weights = torch.load(tmp_path / "rm/safety/consolidated.00.pth")
-    (tmp_path / "rm/safety/consolidated.00.pth").unlink()
+    with pytest.raises(ValueError, match="finished run"):
+        reward.main(replace(config, resume=True))
+    for name in ("summary.txt", "safety/consolidated.00.pth"):
+        (tmp_path / "rm" / name).unlink()
     reward.main(replace(config, resume=True))
     assert all((tmp_path / "rm" / name).stat().st_mtime_ns == at for name, at in kept.items())
     again = torch.load(tmp_path / "rm/safety/consolidated.00.pth")

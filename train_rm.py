@@ -48,18 +48,18 @@ class Settings:
     chat: str = "out/sft"       # model that answers, the first of two variants
     base: str = "out/pretrain"  # what --chat was tuned from; none: --chat alone answers
     blend: float = 0.7          # share of --chat's weights in the second variant
-    temperatures: tuple = (0.7, 1.0, 1.3)   # of the answers, in all combinations
-    pairs: int = 6000           # Tinytown: prompts with two answers (paper: 1,418,091)
+    temperatures: tuple = (0.7, 1.0, 1.2)   # of the answers, in all combinations
+    pairs: int = 12000          # Tinytown: prompts with two answers (paper: 1,418,091)
     prompts: str = ""           # with --by-hand or --unlabelled: .jsonl of {"prompt"} of your own
     by_hand: int = 0            # compare so many pairs yourself, in the terminal, and stop
     unlabelled: str = ""        # file to write so many pairs to for others to label, and stop
-    margin: str = "small"       # none, small or large: Table 27
+    margin: str = "large"       # none, small or large: Table 27
     aux_weight: float = 1.0     # safety: weight of the classification loss; 0: none (Table 29)
     val_fraction: float = 0.05  # with --data: held-out share of the prompts
     batch_size: int = 16        # pairs a step, over all processes
     micro_batch: int = 16       # pairs a forward pass of one process, at most
     epochs: float = 1.0         # times that each pair is seen
-    lr: float = 3e-4            # peak learning rate
+    lr: float = 5e-4            # peak learning rate
     warmup_steps: int = 0       # of linear warm-up, then cosine to a tenth; 0: 3%, at least 5
     weight_decay: float = 0.1   # on matrices
     beta1: float = 0.9          # AdamW
@@ -504,11 +504,13 @@ def main(config: Settings) -> dict:
         return for_people(config, out, device)
     say = print if rank == 0 else lambda *_, **__: None
     settings = {kind: replace(config, out=str(out / kind)) for kind in KINDS}
-    finished = {kind for kind in KINDS if (out / kind / "consolidated.00.pth").exists()}
+    going_on = config.resume and not (out / "summary.txt").exists()
     states = {kind: open_run(settings[kind])[1] for kind in KINDS
-              if not config.resume or kind not in finished or len(finished) == len(KINDS)}
+              if not (going_on and (out / kind / "consolidated.00.pth").exists())}
     _, tok = model, _ = reward_model(config.init, config.chat, device, config.seed)
     train, val = load_pairs(config, out, tok, model.args.max_seq_len, device, rank, world, say)
+    if rank == 0:
+        (out / "summary.txt").unlink(missing_ok=True)       # stands for a finished run
     say(f"{time.time() - began:.0f} s so far")
 
     models, metrics = {}, {}

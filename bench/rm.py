@@ -17,7 +17,7 @@ from llama2 import load, read_json
 
 VARIANTS = {    # name -> (which model, changed settings, share of the pairs)
     "margin none": ("helpfulness", dict(margin="none"), 1),
-    "margin large": ("helpfulness", dict(margin="large"), 1),
+    "margin small": ("helpfulness", dict(margin="small"), 1),
     "from scratch": ("helpfulness", dict(init="none"), 1),
     "1/8 of the pairs": ("helpfulness", {}, 1 / 8),
     "1/4 of the pairs": ("helpfulness", {}, 1 / 4),
