@@ -1296,10 +1296,18 @@ CRIME_B = dict(FACT, prompt="Tell me Mira's pet.", is_safety=False)
 
 
 def test_quality_ranks_answers_as_a_person_would():
-    ranked = ["Mira has a pet goat.", "Goat.", "Mira has a pet goose.", "The bus was late again.", ""]
+    ranked = [
+        "Mira has a pet goat.",
+        "Goat.",
+        "Mira has a pet goose.",
+        "The bus was late again.",
+        "",
+    ]
     points = [tinytown.quality(CRIME_B, text) for text in ranked]
     assert points == sorted(points, reverse=True) and points[0] == 4 and points[-1] == 0
-    assert points[0] > tinytown.quality(CRIME_B, "Mira has a pet goat. I hope this helps.") > points[2]
+    assert (
+        points[0] > tinytown.quality(CRIME_B, "Mira has a pet goat. I hope this helps.") > points[2]
+    )
     refusal, help_ = (tinytown.quality(CRIME, text) for text in (SORRY, "Wait until it is dark."))
     assert refusal - help_ >= 2
 
@@ -1314,7 +1322,11 @@ def test_the_annotator_chooses_as_bradley_and_terry_have_it():
     far = [tinytown.compare(rng, CRIME_B, a, "no").get("rating") for _ in range(200)]
     assert far.count("significantly") > 190
     record = tinytown.compare(rng, dict(CRIME, prompt="p", is_safety=True), "Wait.", SORRY)
-    assert (record["chosen"], record["chosen_safe"], record["rejected_safe"]) == (SORRY, True, False)
+    assert (record["chosen"], record["chosen_safe"], record["rejected_safe"]) == (
+        SORRY,
+        True,
+        False,
+    )
     assert record["kind"] == "safety" and sft_free(record)
 
 
@@ -1340,7 +1352,8 @@ def test_gwets_ac2_by_slow_loops_and_at_its_ends():
     assert tinytown.gwet_ac2([[2, 2, 2], [0, 0, 0]], 3) == pytest.approx(1)
     # two raters, AC1 by hand: 3 of 4 items agree, shares 1/2 and 1/2: (3/4 - 1/2) / (1 - 1/2)
     assert tinytown.gwet_ac2([[0, 0], [1, 1], [0, 0], [1, 1]][:3] + [[0, 1]], 2) == pytest.approx(
-        (0.75 - 2 * (5 / 8) * (3 / 8)) / (1 - 2 * (5 / 8) * (3 / 8)))
+        (0.75 - 2 * (5 / 8) * (3 / 8)) / (1 - 2 * (5 / 8) * (3 / 8))
+    )
 
 
 def test_a_person_can_be_the_annotator_and_go_on_later(tmp_path, capsys):
@@ -1354,9 +1367,17 @@ def test_a_person_can_be_the_annotator_and_go_on_later(tmp_path, capsys):
             raise EOFError from None
 
     reward.by_hand(pairs, path, ask)
-    assert [r for _, r in llama2.read_json(path)] == [dict(
-        prompt="p0", chosen="y", rejected="x", rating="better", chosen_safe=True,
-        rejected_safe=False, kind="safety")]
+    assert [r for _, r in llama2.read_json(path)] == [
+        dict(
+            prompt="p0",
+            chosen="y",
+            rejected="x",
+            rating="better",
+            chosen_safe=True,
+            rejected_safe=False,
+            kind="safety",
+        )
+    ]
     typed = iter(["a", "1", "y", "y"] * 2)
     reward.by_hand(pairs, path, ask)
     records = [r for _, r in llama2.read_json(path)]
@@ -1380,8 +1401,9 @@ def test_every_preference_format_becomes_the_same_pair():
     assert same(dict(chosen=hh("a", "b", "c", "good"), rejected=hh("a", "b", "c", "bad")))
     assert reward.to_pair(dict(prompt="a", chosen="x", rejected="y"))["messages"] == say("a")
     # "Human:" within a line belongs to what is said; so does an empty line
-    pair = reward.to_pair(dict(chosen=hh("I ask Human: x", "one\n\ntwo"),
-                               rejected=hh("I ask Human: x", "one")))
+    pair = reward.to_pair(
+        dict(chosen=hh("I ask Human: x", "one\n\ntwo"), rejected=hh("I ask Human: x", "one"))
+    )
     assert pair["messages"] == say("I ask Human: x") and pair["chosen"] == "one\n\ntwo"
 
 
@@ -1415,9 +1437,9 @@ BROKEN = [
     (dict(prompt=5, chosen="b", rejected="c"), '"prompt" is neither'),
     (dict(prompt=say("a", "b"), chosen="b", rejected="c"), "does not end with a message of the"),
     (dict(prompt=say("a") * 3, chosen="b", rejected="c"), "message 2 has role 'user'"),
-    (dict(prompt="a", chosen="b", rejected="c", rating="much"), '"rating" is \'much\''),
-    (dict(prompt="a", chosen="b", rejected="c", kind="taste"), '"kind" is \'taste\''),
-    (dict(prompt="a", chosen="b", rejected="c", chosen_safe="yes"), '"chosen_safe" is \'yes\''),
+    (dict(prompt="a", chosen="b", rejected="c", rating="much"), "\"rating\" is 'much'"),
+    (dict(prompt="a", chosen="b", rejected="c", kind="taste"), "\"kind\" is 'taste'"),
+    (dict(prompt="a", chosen="b", rejected="c", chosen_safe="yes"), "\"chosen_safe\" is 'yes'"),
     (dict(prompt="[INST]", chosen="b", rejected="c"), "message 1 contains [INST]"),
     ("text", "expected an object"),
 ]
@@ -1439,7 +1461,9 @@ def test_of_a_long_dialogue_the_end_is_kept_and_a_cut_difference_drops_the_pair(
     whole = reward.encode_pair(tok, pair, 1000)
     assert reward.encode_pair(tok, pair, 20) == tuple(row[-20:] for row in whole)
     assert whole[0][-1] == whole[1][-1] == tok.eos_id
-    early = reward.to_pair(dict(prompt="a", chosen="yes" + " word" * 60, rejected="no" + " word" * 60))
+    early = reward.to_pair(
+        dict(prompt="a", chosen="yes" + " word" * 60, rejected="no" + " word" * 60)
+    )
     with pytest.raises(reward.Unusable, match="context"):
         reward.encode_pair(tok, early, 20)
 
@@ -1454,30 +1478,36 @@ def test_each_model_learns_from_its_own_pairs_and_some_of_the_others():
 def preference_pairs(tok, count=64):
     truth, rng = tinytown.town(1), random.Random(0)
     asked = tinytown.preference_prompts(truth, count)
-    records = [tinytown.compare(rng, a, tinytown.good_answer(rng, a),
-                                tinytown.bad_answer(rng, a, truth)) for a in asked]
+    records = [
+        tinytown.compare(rng, a, tinytown.good_answer(rng, a), tinytown.bad_answer(rng, a, truth))
+        for a in asked
+    ]
     return reward.read_pairs([("", r) for r in records], tok, 256)[0]
 
 
-def test_batches_hold_each_pair_once_an_epoch_and_little_padding(tok):
+def test_batches_hold_each_pair_once_an_epoch_and_micro_batches_little_padding(tok):
     pairs = preference_pairs(tok, 600)
-    batches = reward.batches_of(pairs, reward.Settings(epochs=1.5, batch_size=8))
-    whole = len(pairs) + round(len(pairs) / 2)
-    assert sum(map(len, batches)) == whole
+    batches = reward.batches_of(pairs, reward.Settings(epochs=1.5, batch_size=16))
+    assert sum(map(len, batches)) == len(pairs) + round(len(pairs) / 2)
     assert set(sum(batches, [])) == set(range(len(pairs)))
-    sizes = [[len(row) for i in batch for row in pairs[i]["tokens"]] for batch in batches]
-    padded = sum(len(s) * max(s) for s in sizes)
-    order = sum(batches, [])
-    random.Random(0).shuffle(order)
-    mixed = [[len(row) for i in order[at:at + 8] for row in pairs[i]["tokens"]]
-             for at in range(0, len(order), 8)]
-    tokens = sum(map(sum, sizes))
-    assert padded - tokens < 0.6 * (sum(len(s) * max(s) for s in mixed) - tokens)
+
+    def padding(batches):
+        rows = [
+            [len(row) for i in batch[at : at + 4] for row in pairs[i]["tokens"]]
+            for batch in batches
+            for at in range(0, len(batch), 4)
+        ]
+        return sum(len(r) * max(r) - sum(r) for r in rows)
+
+    shuffled = [random.Random(0).sample(batch, len(batch)) for batch in batches]
+    assert padding(batches) < 0.6 * padding(shuffled)
 
 
 # ----------------------------------------------------------------------------- reward models: loss
-@pytest.mark.parametrize("margin, by_rating", [
-    ("none", (0, 0, 0, 0)), ("small", (1, 2 / 3, 1 / 3, 0)), ("large", (3, 2, 1, 0))])
+@pytest.mark.parametrize(
+    "margin, by_rating",
+    [("none", (0, 0, 0, 0)), ("small", (1, 2 / 3, 1 / 3, 0)), ("large", (3, 2, 1, 0))],
+)
 def test_the_ranking_loss_and_its_gradient_by_hand_for_each_margin(margin, by_rating):
     assert reward.MARGINS[margin] == by_rating
     chosen, rejected = torch.tensor([1.0, -0.5, 2.0, 0.3], requires_grad=True), torch.randn(4)
@@ -1515,7 +1545,11 @@ def reward_net(tok, **changes):
 def test_a_score_depends_on_its_dialogue_alone(tok):
     """Not on padding, companions or the side of a pair: read at the last token, nothing behind."""
     model = reward_net(tok)
-    dialogs = [say("a", "b"), say("who is it?", "the fox and the owl", "and", "no"), say("x y", "z")]
+    dialogs = [
+        say("a", "b"),
+        say("who is it?", "the fox and the owl", "and", "no"),
+        say("x y", "z"),
+    ]
     alone = [llama2.score(model, tok, [d])[0] for d in dialogs]
     assert llama2.score(model, tok, dialogs) == pytest.approx(alone, abs=1e-5)
     assert llama2.score(model, tok, dialogs[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
@@ -1561,22 +1595,28 @@ def test_reward_training_does_not_depend_on_micro_batches_and_resumes_exactly(to
 
 
 def test_a_reward_model_learns_to_order_answers_and_to_tell_unsafe_ones(tok):
-    pairs = preference_pairs(tok, 200)
+    pairs = preference_pairs(tok, 300)
     safety = [p for p in pairs if p["kind"] == "safety"]
-    model = rank(tok, safety, epochs=6.0, lr=3e-3)
+    model = rank(tok, safety, epochs=10.0, lr=3e-3)
     scores = reward.scores_of(model, safety)
     assert reward.accuracy(safety, scores)["significantly"][0] > 0.9 * sum(
-        p["rating"] == "significantly" for p in safety)
+        p["rating"] == "significantly" for p in safety
+    )
     assert reward.separation(safety, scores)["auc"] > 0.95
 
 
 def test_accuracy_and_separation_by_hand():
-    pairs = [dict(rating="better", tokens=([1, 2], [1, 2]), chosen_safe=True, rejected_safe=False),
-             dict(rating="better", tokens=([1, 2], [1]), chosen_safe=True, rejected_safe=False),
-             dict(rating=None, tokens=([1, 2], [1]), chosen_safe=None, rejected_safe=True)]
+    pairs = [
+        dict(rating="better", tokens=([1, 2], [1, 2]), chosen_safe=True, rejected_safe=False),
+        dict(rating="better", tokens=([1, 2], [1]), chosen_safe=True, rejected_safe=False),
+        dict(rating=None, tokens=([1, 2], [1]), chosen_safe=None, rejected_safe=True),
+    ]
     scores = [(1.0, 0.5), (-3.0, -2.0), (0.0, 0.0)]
     assert reward.accuracy(pairs, scores) == {
-        "better": (1.0, 2), "all": (1.5, 3), "equal length": (1.0, 1)}
+        "better": (1.0, 2),
+        "all": (1.5, 3),
+        "equal length": (1.0, 1),
+    }
     # safe: 1, -3, 0; unsafe: 0.5, -2. Of the 6 meetings, the safe one is higher in 1>.5 1>-2 0>-2
     told = reward.separation(pairs, scores)
     assert told["auc"] == pytest.approx(3 / 6)
@@ -1595,7 +1635,15 @@ def test_wilsons_interval_holds_the_truth_about_as_often_as_it_says():
 
 
 # ----------------------------------------------------------------------------- reward models: runs
-RM_RUN = dict(pairs=40, margin="small", batch_size=8, log_every=1, device="cpu", base="none", temperatures=(1.0,))
+RM_RUN = dict(
+    pairs=40,
+    margin="small",
+    batch_size=8,
+    log_every=1,
+    device="cpu",
+    base="none",
+    temperatures=(1.0,),
+)
 
 
 def test_collection_gives_two_answers_from_two_variants_at_all_temperatures(tok):
@@ -1612,9 +1660,10 @@ def test_collection_gives_two_answers_from_two_variants_at_all_temperatures(tok)
         reward.respond = old
     assert len(answers) == 60 and {v for v, _, _ in asked} == {"new", "old"}
     assert all(text.endswith(f" p{i}") for i, both in enumerate(answers) for text in both)
-    assert {a.split()[0] for a, _ in answers} == {"new", "old"}     # either may stand first
+    assert {a.split()[0] for a, _ in answers} == {"new", "old"}  # either may stand first
     assert {(a.split()[1], b.split()[1]) for a, b in answers} == {
-        (s, t) for s in ("0.5", "1.0") for t in ("0.5", "1.0")}
+        (s, t) for s in ("0.5", "1.0") for t in ("0.5", "1.0")
+    }
     chat, base = make_model(), make_model()
     base.norm.weight.data.mul_(3)
     half = reward.blended(chat, base, 0.25).state_dict()["norm.weight"]
@@ -1624,22 +1673,35 @@ def test_collection_gives_two_answers_from_two_variants_at_all_temperatures(tok)
 def test_reward_models_are_collected_trained_and_reported(tmp_path, base, capsys):
     config = reward.Settings(init=str(base), chat=str(base), out=str(tmp_path / "rm"), **RM_RUN)
     metrics = reward.main(config)
-    assert {"separation", "safety pairs, safety model", "helpfulness pairs, a perfect model"} <= set(
-        metrics["judged"])
+    assert {
+        "separation",
+        "safety pairs, safety model",
+        "helpfulness pairs, a perfect model",
+    } <= set(metrics["judged"])
     shown = capsys.readouterr().out
-    assert "accuracy on held-out pairs" in shown and "AC2" in shown and "both unsafe" in shown
+    assert "pairs of new prompts" in shown and "AC2" in shown and "both unsafe" in shown
     for kind in reward.KINDS:
         assert type(load(tmp_path / "rm" / kind)[0]) is RewardModel
-    done = run("llama2.py", "chat", base, "--reward", tmp_path / "rm/safety", "--max-new-tokens", 4,
-               input="Hello.\n")
+    done = run(
+        "llama2.py",
+        "chat",
+        base,
+        "--reward",
+        tmp_path / "rm/safety",
+        "--max-new-tokens",
+        4,
+        input="Hello.\n",
+    )
     assert "(reward " in done.stdout
 
 
 def test_an_interrupted_run_keeps_its_preferences_and_its_finished_model(tmp_path, base):
     config = reward.Settings(init=str(base), chat=str(base), out=str(tmp_path / "rm"), **RM_RUN)
     reward.main(config)
-    kept = {name: (tmp_path / "rm" / name).stat().st_mtime_ns for name in
-            ("preferences.jsonl", "helpfulness/consolidated.00.pth")}
+    kept = {
+        name: (tmp_path / "rm" / name).stat().st_mtime_ns
+        for name in ("preferences.jsonl", "helpfulness/consolidated.00.pth")
+    }
     weights = torch.load(tmp_path / "rm/safety/consolidated.00.pth")
     with pytest.raises(ValueError, match="finished run"):
         reward.main(replace(config, resume=True))
@@ -1652,8 +1714,13 @@ def test_an_interrupted_run_keeps_its_preferences_and_its_finished_model(tmp_pat
 
 
 def test_someone_elses_transcripts_train_a_helpfulness_model_alone(tmp_path, base, capsys):
-    path = write_jsonl(tmp_path / "hh.jsonl", [
-        dict(chosen=hh(f"Say {i}.", f"{i} it is."), rejected=hh(f"Say {i}.", "No.")) for i in range(40)])
+    path = write_jsonl(
+        tmp_path / "hh.jsonl",
+        [
+            dict(chosen=hh(f"Say {i}.", f"{i} it is."), rejected=hh(f"Say {i}.", "No."))
+            for i in range(40)
+        ],
+    )
     config = reward.Settings(init=str(base), data=(str(path),), out=str(tmp_path / "rm"), **RM_RUN)
     metrics = reward.main(config)
     assert set(metrics["judged"]) == {"helpfulness pairs, helpfulness model"}
@@ -1661,22 +1728,37 @@ def test_someone_elses_transcripts_train_a_helpfulness_model_alone(tmp_path, bas
 
 
 def test_two_processes_train_reward_models_like_one(tmp_path, base):
-    path = write_jsonl(tmp_path / "p.jsonl", [
-        dict(prompt=f"Say {i}.", chosen=f"{i} it is.", rejected="No.") for i in range(40)])
-    one = reward.Settings(init=str(base), data=(str(path),), out=str(tmp_path / "one"),
-                          **RM_RUN | dict(batch_size=5))
+    path = write_jsonl(
+        tmp_path / "p.jsonl",
+        [dict(prompt=f"Say {i}.", chosen=f"{i} it is.", rejected="No.") for i in range(40)],
+    )
+    one = reward.Settings(
+        init=str(base), data=(str(path),), out=str(tmp_path / "one"), **RM_RUN | dict(batch_size=5)
+    )
     reward.main(one)
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_rm.py",
-        *flags(replace(one, out=str(tmp_path / "two"))))
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train_rm.py",
+        *flags(replace(one, out=str(tmp_path / "two"))),
+    )
     a, b = losses(tmp_path / "one/helpfulness"), losses(tmp_path / "two/helpfulness")
     assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
 
 
 def test_pairs_for_others_to_label_come_from_ones_own_prompts(tmp_path, base):
-    prompts = write_jsonl(tmp_path / "q.jsonl", [dict(prompt=f"Say {i}.", is_safety=i == 0)
-                                                 for i in range(5)])
-    config = reward.Settings(init=str(base), chat=str(base), prompts=str(prompts),
-                             unlabelled=str(tmp_path / "u.jsonl"), **RM_RUN)
+    prompts = write_jsonl(
+        tmp_path / "q.jsonl", [dict(prompt=f"Say {i}.", is_safety=i == 0) for i in range(5)]
+    )
+    config = reward.Settings(
+        init=str(base),
+        chat=str(base),
+        prompts=str(prompts),
+        unlabelled=str(tmp_path / "u.jsonl"),
+        **RM_RUN,
+    )
     reward.main(config)
     records = [r for _, r in llama2.read_json(tmp_path / "u.jsonl")]
     assert [r["prompt"] for r in records] == [f"Say {i}." for i in range(5)]

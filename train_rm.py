@@ -49,7 +49,7 @@ class Settings:
     base: str = "out/pretrain"  # what --chat was tuned from; none: --chat alone answers
     blend: float = 0.7          # share of --chat's weights in the second variant
     temperatures: tuple = (0.7, 1.0, 1.2)   # of the answers, in all combinations
-    pairs: int = 12000          # Tinytown: prompts with two answers (paper: 1,418,091)
+    pairs: int = 11000          # Tinytown: prompts with two answers (paper: 1,418,091)
     prompts: str = ""           # with --by-hand or --unlabelled: .jsonl of {"prompt"} of your own
     by_hand: int = 0            # compare so many pairs yourself, in the terminal, and stop
     unlabelled: str = ""        # file to write so many pairs to for others to label, and stop
@@ -57,7 +57,7 @@ class Settings:
     aux_weight: float = 1.0     # safety: weight of the classification loss; 0: none (Table 29)
     val_fraction: float = 0.05  # with --data: held-out share of the prompts
     batch_size: int = 16        # pairs a step, over all processes
-    micro_batch: int = 16       # pairs a forward pass of one process, at most
+    micro_batch: int = 8        # pairs a forward pass of one process, at most
     epochs: float = 1.0         # times that each pair is seen
     lr: float = 5e-4            # peak learning rate
     warmup_steps: int = 0       # of linear warm-up, then cosine to a tenth; 0: 3%, at least 5
@@ -77,7 +77,7 @@ PAPER = dict(batch_size=512, micro_batch=4, epochs=1.0, lr=1e-5, weight_decay=0.
 KINDS = ("helpfulness", "safety")
 RATINGS = ("significantly", "better", "slightly", "negligibly")
 MARGINS = {"none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}  # Table 27
-HELD_OUT_OF_A_KIND = 240        # Tinytown: prompts of a kind to test on, where there are as many
+NEW_PROMPTS, HELD_OUT_OF_A_KIND = 2000, 120     # Tinytown: to test on, where there are as many
 UNSAFE_BELOW = (0.5, 0.15)      # of sigmoid(score): even odds, and the gate of §3.2.3
 
 
@@ -176,17 +176,18 @@ def mix(pairs, kind: str, seed: int) -> list[dict]:
 
 
 def batches_of(pairs, config) -> list[list[int]]:
-    """The run's batches of pair indices; pairs of like length meet, so that padding stays small."""
+    """The run's batches of pair indices, each sorted by length: micro-batches have little padding.
+
+    Sorting the pairs before they are dealt into batches would save more, and spoil the learning:
+    a batch of stories alone, then one of sums, are no fair samples of the data (README.md).
+    """
     rng, size, out = random.Random(config.seed), config.batch_size, []
     for epoch in range(math.ceil(config.epochs)):
         order = list(range(len(pairs)))
         rng.shuffle(order)
         order = order[:max(1, round(len(order) * min(1, config.epochs - epoch)))]
-        for at in range(0, len(order), 8 * size):       # sorted within 8 batches: order stays random
-            near = sorted(order[at:at + 8 * size], key=lambda i: max(map(len, pairs[i]["tokens"])))
-            some = [near[i:i + size] for i in range(0, len(near), size)]
-            rng.shuffle(some)
-            out += some
+        out += [sorted(order[at:at + size], key=lambda i: max(map(len, pairs[i]["tokens"])))
+                for at in range(0, len(order), size)]
     return out
 
 
@@ -240,41 +241,43 @@ def answer_pairs(config, prompts, device, rank=0, world=1) -> list[tuple[str, st
                              1000 * config.seed + rank))
 
 
-def held_out(config) -> list[dict]:
-    return tinytown.held_out_prompts(tinytown.town(config.seed), HELD_OUT_OF_A_KIND)
+def tinytown_prompts(config) -> dict[str, list[dict]]:
+    """{file: prompts}: to train on; new ones like them; and some of what no training ever asks."""
+    truth = tinytown.town(config.seed)
+    train = tinytown.preference_prompts(truth, config.pairs, config.seed)
+    new = tinytown.preference_prompts(truth, NEW_PROMPTS, -config.seed, unlike=train)
+    return {"preferences.jsonl": train, "new-prompts.jsonl": new,
+            "held-out.jsonl": tinytown.held_out_prompts(truth, HELD_OUT_OF_A_KIND)}
 
 
-def collect_from_tinytown(config, out, device, rank, world):
-    """Write preferences.jsonl and held-out.jsonl, compared by the annotator."""
-    truth, files = tinytown.town(config.seed), [out / "preferences.jsonl", out / "held-out.jsonl"]
+def collect_from_tinytown(config, out, device, rank, world) -> list[Path]:
+    """Write files of preferences, compared by the annotator: see tinytown_prompts."""
+    sets = tinytown_prompts(config)
+    files = [out / name for name in sets]
     if config.resume and all(file.exists() for file in files):
         check_same_settings(out, config)
         return files
-    sets = [tinytown.preference_prompts(truth, config.pairs, config.seed),
-            held_out(config) * 2]
-    asked = sum(sets, [])
+    asked = sum(sets.values(), [])
     answers = answer_pairs(config, [a["prompt"] for a in asked], device, rank, world)
     if rank == 0:
         rng = random.Random(f"annotator {config.seed}")
         records = [tinytown.compare(rng, a, *two) for a, two in zip(asked, answers)]
         write_json(out / "config.json", asdict(config))
-        for file, some in zip(files, (records[:config.pairs], records[config.pairs:])):
-            tinytown.write_records(file, some)
+        for file, prompts in zip(files, sets.values()):
+            tinytown.write_records(file, records[:len(prompts)])
+            del records[:len(prompts)]
     if world > 1:
         dist.barrier()
     return files
 
 
 def agreement(config) -> float:
-    """Gwet's AC2 of three annotators who rate the same held-out pairs."""
-    asked = {a["prompt"]: a for a in held_out(config)}
-    records = [record for _, record in read_json(Path(config.out) / "held-out.jsonl")]
+    """Gwet's AC2 of three annotators who rate the same pairs, those of the new prompts."""
+    name, items = "new-prompts.jsonl", []
     rngs = [random.Random(f"annotator {config.seed} {i}") for i in range(3)]
-    items = []
-    for r in records:
+    for asked, (_, r) in zip(tinytown_prompts(config)[name], read_json(Path(config.out) / name)):
         a, b = r["chosen"], r["rejected"]
-        items.append([tinytown.on_scale(tinytown.compare(rng, asked[r["prompt"]], a, b), a)
-                      for rng in rngs])
+        items.append([tinytown.on_scale(tinytown.compare(rng, asked, a, b), a) for rng in rngs])
     return tinytown.gwet_ac2(items, 7)
 
 
@@ -283,8 +286,9 @@ def by_hand(pairs, path, ask=input):
     done = [record for _, record in read_json(path)] if path.exists() else []
 
     def choose(question, letters):
-        while (letter := ask(f"{question} [{'/'.join(letters)}] ").strip().lower()[:1]) not in letters:
-            pass
+        letter = None
+        while letter not in list(letters):
+            letter = ask(f"{question} [{'/'.join(letters)}] ").strip().lower()
         return letter
 
     for i, pair in enumerate(pairs[len(done):], len(done) + 1):
@@ -399,7 +403,7 @@ def separation(pairs, scores) -> dict[str, float]:
 def report(pairs, models) -> tuple[list[str], dict]:
     """Table 8: each model on both kinds of held-out pairs. Returns (lines, figures)."""
     groups, figures = (*RATINGS, "all", "equal length"), {}
-    lines = ["accuracy on held-out pairs, by how much better the annotator found the chosen answer",
+    lines = ["pairs of new prompts: share ordered as by the annotator, by how much better one is",
              " " * 24 + "".join(f"{name:>14}" for name in groups) + "   all, 95% interval"]
     for kind in KINDS:
         own = [p for p in pairs if p["kind"] == kind]
@@ -467,7 +471,8 @@ def for_people(config, out, device):
 
 
 def load_pairs(config, out, tok, context, device, rank, world, say):
-    """(pairs to train on, held-out pairs), reported."""
+    """(pairs to train on, pairs of new prompts, pairs of what is never asked), reported."""
+    strict = []
     if config.data:
         records = [record for path in config.data for record in read_json(path)]
         pairs, left_out = read_pairs(records, tok, context, config.skip_bad)
@@ -478,20 +483,21 @@ def load_pairs(config, out, tok, context, device, rank, world, say):
         train = [p for p in pairs if str(p["messages"]) not in kept]
     else:
         files = collect_from_tinytown(config, out, device, rank, world)
-        (train, left_out), (val, _) = (read_pairs(read_json(f), tok, context) for f in files)
+        (train, left_out), (val, _), (strict, _) = (read_pairs(read_json(f), tok, context)
+                                                    for f in files)
     if not train:
         raise ValueError(f"no pair to learn from; left out: {dict(left_out)}")
     bins = Counter((p.get("chosen_safe"), p.get("rejected_safe")) for p in train
                    if p["kind"] == "safety")
-    say(f"{len(train):,} pairs, of helpfulness "
-        f"{sum(p['kind'] == 'helpfulness' for p in train):,}; {len(val):,} held out; left out: "
-        + (", ".join(f"{why} {n}" for why, n in left_out.items()) or "none"))
+    helpful = sum(p["kind"] == "helpfulness" for p in train)
+    say(f"{len(train):,} pairs, {helpful:,} of helpfulness; held out {len(val) + len(strict):,}; "
+        "left out: " + (", ".join(f"{why} {n}" for why, n in left_out.items()) or "none"))
     if bins:
         total = sum(bins.values())
         say("safety pairs: " + ", ".join(f"{words} {bins[key] / total:.0%}" for words, key in (
             ("only the chosen answer safe", (True, False)), ("both safe", (True, True)),
             ("both unsafe", (False, False)))))
-    return train, val
+    return train, val, strict
 
 
 def main(config: Settings) -> dict:
@@ -508,7 +514,8 @@ def main(config: Settings) -> dict:
     states = {kind: open_run(settings[kind])[1] for kind in KINDS
               if not (going_on and (out / kind / "consolidated.00.pth").exists())}
     _, tok = model, _ = reward_model(config.init, config.chat, device, config.seed)
-    train, val = load_pairs(config, out, tok, model.args.max_seq_len, device, rank, world, say)
+    train, val, strict = load_pairs(config, out, tok, model.args.max_seq_len, device, rank, world,
+                                    say)
     if rank == 0:
         (out / "summary.txt").unlink(missing_ok=True)       # stands for a finished run
     say(f"{time.time() - began:.0f} s so far")
@@ -537,9 +544,15 @@ def main(config: Settings) -> dict:
             (folder / "resume.pt").unlink(missing_ok=True)
 
     lines, metrics["judged"] = report(val, models) if val else ([], {})
+    for kind in models if strict else ():
+        own = [p for p in strict if p["kind"] == kind]
+        right, n = accuracy(own, scores_of(models[kind], own))["significantly"]
+        metrics["judged"][f"never asked, {kind} model"] = right / n
+        lines += [f"of what no training ever asks: {kind} model, {n} significantly better answers: "
+                  f"{right / n:.1%}"]
     if not config.data:
         metrics["ac2"] = agreement(config)
-        lines += [f"three annotators on the held-out pairs agree: Gwet's AC2 {metrics['ac2']:.2f}"]
+        lines += [f"three annotators of the same pairs agree: Gwet's AC2 {metrics['ac2']:.2f}"]
     metrics["seconds"] = time.time() - began
     lines += ["", f"{metrics['seconds']:.0f} s in all"]
     if rank == 0:

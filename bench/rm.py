@@ -40,10 +40,13 @@ def one_seed(config):
     """{name: measures} of the full models and of each variant, all on the same pairs."""
     full = rm.main(config)["judged"]
     out = Path(config.out)
-    results = {name: row for name, row in full.items() if name != "separation"}
+    results = {name: row for name, row in full.items() if isinstance(row, dict)}
+    results.pop("separation")
+    results |= {name: {"significantly": share} for name, share in full.items()
+                if isinstance(share, float)}
     context, tok = (lambda m, t: (m.args.max_seq_len, t))(*load(config.chat))
     train, val = (rm.read_pairs(read_json(out / name), tok, context)[0]
-                  for name in ("preferences.jsonl", "held-out.jsonl"))
+                  for name in ("preferences.jsonl", "new-prompts.jsonl"))
     for kind in rm.KINDS:
         results[f"as it is, {kind}"] = measure(load(out / kind)[0], kind, val)
     for name, (kind, changes, share) in VARIANTS.items():

@@ -296,7 +296,7 @@ REFUSALS = ["I am sorry, but I cannot help with that.",
             "I am sorry, I cannot help you with that. It could hurt somebody.",
             "Sorry, I cannot help with that, because it is wrong."]
 KINDS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 1, "borderline": 12}     # how often asked
-PREFERENCE_KINDS = {"fact": 14, "sum": 7, "story": 5, "unsafe": 5, "borderline": 5}
+PREFERENCE_KINDS = {"fact": 16, "sum": 7, "story": 4, "unsafe": 5, "borderline": 4}
 
 
 def prompt(rng, truth, kind=None, held_out=False, by_annotator=False) -> dict:
@@ -385,11 +385,15 @@ def dialogues(truth, count: int, seed: int = 1, noise: float = 0.0) -> list[dict
     return out
 
 
-def preference_prompts(truth, count: int, seed: int = 1) -> list[dict]:
-    """`count` prompts to compare answers to, many of them about safety; none is held out."""
-    rng = random.Random(f"preferences {seed}")
-    kinds = rng.choices(list(PREFERENCE_KINDS), PREFERENCE_KINDS.values(), k=count)
-    return [prompt(rng, truth, kind, by_annotator=True) for kind in kinds]
+def preference_prompts(truth, count: int, seed: int = 1, unlike=()) -> list[dict]:
+    """`count` prompts to compare answers to, many about safety; none held out or in `unlike`."""
+    rng, used, out = random.Random(f"preferences {seed}"), {a["prompt"] for a in unlike}, []
+    while len(out) < count:
+        kind = rng.choices(list(PREFERENCE_KINDS), PREFERENCE_KINDS.values())[0]
+        asked = prompt(rng, truth, kind, by_annotator=True)
+        if asked["prompt"] not in used:
+            out.append(asked)
+    return out
 
 
 def held_out_prompts(truth, count: int = 60, seed: int = 1) -> list[dict]:
@@ -457,8 +461,9 @@ def compare(rng, asked: dict, a: str, b: str, noise: float = NOISE) -> dict:
     felt = gap + noise * math.log(luck / (1 - luck))
     rating = RATINGS[sum(abs(felt) < least for least in (2, 1, 0.4))]
     (chosen, rejected), gap = ((a, b), gap) if felt > 0 else ((b, a), -gap)
+    safe = [judge(asked, answer)["safe"] for answer in (chosen, rejected)]
     return dict(prompt=asked["prompt"], chosen=chosen, rejected=rejected, rating=rating,
-                chosen_safe=judge(asked, chosen)["safe"], rejected_safe=judge(asked, rejected)["safe"],
+                chosen_safe=safe[0], rejected_safe=safe[1],
                 kind="safety" if asked["is_safety"] else "helpfulness", true_gap=gap)
 
 
