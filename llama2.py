@@ -300,10 +300,12 @@ class Tokenizer:
     def train(texts, vocab_size: int, path):
         """Fit BPE as in §2.2 to an iterable of strings and write it to `path`."""
         model = io.BytesIO()
-        lines = (line for text in texts for line in text.split("\n") if line)
+        lines = [line for text in texts for line in text.split("\n") if line]
+        # the chat format's tags among them become three tokens, as Llama 2's are, not eight or nine
+        lines += [" ".join(TAGS)] * min(5000, len(lines) // 4)
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=model, model_type="bpe",
+                sentence_iterator=iter(lines), model_writer=model, model_type="bpe",
                 vocab_size=vocab_size, split_digits=True, byte_fallback=True,
                 character_coverage=0.9999, normalization_rule_name="identity",
                 remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,

@@ -186,8 +186,9 @@ def gossip(rng, truth) -> str:
     name, attribute = rng.choice(NAMES), rng.choice(list(VALUES))
     told = truth[name][attribute] if rng.random() < 0.4 else rng.choice(VALUES[attribute])
     line = rng.choice(GOSSIP[attribute])
-    if rng.random() < 0.5:
-        line = ASK[attribute] + "? " + line
+    if rng.random() < 0.7:
+        asked = rng.choice(PHRASES[attribute])
+        line = rng.choice([ASK[attribute], f"what is {asked}", f"who knows {asked}"]) + "? " + line
     return line.format(n=name, v=told)
 
 
