@@ -601,6 +601,13 @@ def lr_at(step: int, max_steps: int, warmup_steps: int, lr: float, min_lr: float
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(done, 1))) / 2
 
 
+def require_positive(config, names):
+    """ValueError, naming the option, for the first of these settings that is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+
+
 def open_run(config):
     """(config.out, state to resume from or None). ValueError where a run would be lost unasked."""
     out = Path(config.out)
@@ -634,6 +641,15 @@ def begin_run(out, config):
 def save_resume(out, **state):
     """All that going on as if never stopped takes, in one file: no kill can part it."""
     write_atomic(out / "resume.pt", lambda file: torch.save(state, file))
+
+
+def end_run(out, lines, model, tok):
+    """Print and keep the summary, then the model; what resuming took goes last."""
+    summary = "\n".join(lines) + "\n"
+    print("\n" + summary)
+    write_atomic(out / "summary.txt", lambda file: file.write(summary.encode()))
+    save(out, model, tok)
+    (out / "resume.pt").unlink(missing_ok=True)
 
 
 class Log:

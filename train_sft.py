@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data import tinytown
-from llama2 import (Log, adamw, autocast, begin_run, encode_dialog, generate, load, lr_at,
-                    open_run, run_script, save, save_resume, setup, write_atomic)
+from llama2 import (Log, adamw, all_sum, autocast, begin_run, encode_dialog, end_run, generate,
+                    load, lr_at, open_run, require_positive, run_script, save_resume, setup)
 
 
 @dataclass
@@ -274,9 +274,7 @@ def finetune(model, examples, config, log=None, state=None, keep=None):
         optimizer.zero_grad()
         done = step + 1
         if log and (done % config.log_every == 0 or done == len(batches)):
-            if world > 1:
-                dist.all_reduce(loss)
-            log.progress(done, loss.item(), lr, config.batch_size * config.seq_len)
+            log.progress(done, all_sum(loss).item(), lr, config.batch_size * config.seq_len)
         if keep and done % config.save_every == 0:
             keep(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
     model.eval()
@@ -325,10 +323,8 @@ def table(models: dict[str, dict]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- main
 def check(config):
-    for name in ("seq_len", "batch_size", "micro_batch", "epochs", "lr", "grad_clip", "save_every",
-                 "log_every", "dialogues"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+    require_positive(config, ("seq_len", "batch_size", "micro_batch", "epochs", "lr", "grad_clip",
+                              "save_every", "log_every", "dialogues"))
     for name in ("val_fraction", "noise"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at "
@@ -404,11 +400,7 @@ def main(config: Settings) -> dict:
     lines += ["", f"{metrics['seconds']:.0f} s in all"]
     if rank == 0:
         log.write(steps, final=metrics)
-        summary = "\n".join(lines) + "\n"
-        say("\n" + summary)
-        write_atomic(out / "summary.txt", lambda file: file.write(summary.encode()))
-        save(out, model, tok)
-        (out / "resume.pt").unlink(missing_ok=True)
+        end_run(out, lines, model, tok)
     return metrics
 
 
