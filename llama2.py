@@ -700,14 +700,12 @@ def lr_at(step: int, max_steps: int, warmup_steps: int, lr: float, min_lr: float
 
 
 def require(config, positive=(), **ranges):
-    """ValueError, naming the option, for a setting not above 0, or not in name=(least, most)."""
-    for name in positive:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
-    for name, (least, most) in ranges.items():
-        if not least <= getattr(config, name) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at "
-                             f"least {least} and at most {most}")
+    """ValueError, naming the option, for a setting not above 0, or not in name=(least, below)."""
+    for name in (*positive, *ranges):
+        value, (least, below) = getattr(config, name), ranges.get(name, (0, math.inf))
+        if not least <= value < below or name in positive and value == 0:
+            expected = "above 0" if name in positive else f"at least {least} and below {below}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {expected}")
 
 
 def open_run(config):
@@ -755,6 +753,13 @@ def write_summary(out, lines):
     summary = "\n".join(lines) + "\n"
     print("\n" + summary)
     write_atomic(Path(out) / "summary.txt", lambda file: file.write(summary.encode()))
+
+
+def end_run(out, lines, model, tok):
+    """The summary, then the model; what resuming took goes last."""
+    write_summary(out, lines)
+    save(out, model, tok)
+    (out / "resume.pt").unlink(missing_ok=True)
 
 
 class Log:

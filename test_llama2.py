@@ -1099,6 +1099,22 @@ def test_the_size_of_a_micro_batch_changes_no_step(tok):
     assert furthest(whole, tune(tok, micro_batch=4, seed=2)) > 1e-4
 
 
+def test_gradients_are_clipped(tok, tmp_path):
+    """Clipped far below AdamW's eps, they move no weight, in fine-tuning and in pretraining."""
+    still = dict(grad_clip=1e-12, weight_decay=0.0)
+    start = make_model(vocab_size=tok.vocab_size, max_seq_len=256).state_dict()
+    assert furthest(start, tune(tok, **still)) < 1e-6 < 1e-4 < furthest(start, tune(tok))
+    path = write_jsonl(tmp_path / "s.jsonl", corpus(100))
+    moved = {}
+    for name, changes in (("free", {}), ("clipped", still)):
+        config = settings(tmp_path, path, out=str(tmp_path / name), **changes)
+        pretrain.main(config)
+        model = load(config.out)[0]
+        torch.manual_seed(config.seed)
+        moved[name] = furthest(Transformer(model.args).state_dict(), model.state_dict())
+    assert moved["clipped"] < 1e-6 < 1e-4 < moved["free"]
+
+
 def test_resumed_fine_tuning_ends_with_the_same_weights(tok):
     states = []
     whole = tune(tok, epochs=3.0, save_every=4, keep=lambda **s: states.append(copy.deepcopy(s)))

@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import tinytown
 from llama2 import (SIZES, Log, ModelArgs, Tokenizer, Transformer, adamw, all_sum, autocast,
-                    begin_run, cores, generate, lr_at, open_run, require, run_script, save,
-                    save_resume, setup, write_atomic, write_json, write_summary)
+                    begin_run, cores, end_run, generate, lr_at, open_run, require, run_script,
+                    save_resume, setup, write_atomic, write_json)
 
 
 @dataclass
@@ -610,9 +610,7 @@ def main(config: Settings) -> dict:
     lines += ["", f"{metrics['seconds']:.0f} s in all"]
     if rank == 0:
         log.write(config.max_steps, final=metrics)
-        write_summary(out, lines)
-        save(out, model, tok)
-        (out / "resume.pt").unlink(missing_ok=True)
+        end_run(out, lines, model, tok)
     return metrics
 
 

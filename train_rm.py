@@ -434,7 +434,7 @@ def report(pairs, models) -> tuple[list[str], dict]:
 # ------------------------------------------------------------------------------------------- main
 def check(config):
     require(config, ("batch_size", "micro_batch", "epochs", "lr", "grad_clip", "save_every",
-                     "log_every", "pairs"), val_fraction=(0, 0.9), blend=(0, 1),
+                     "log_every", "pairs"), val_fraction=(0, 1), blend=(0, 1),
             aux_weight=(0, math.inf), by_hand=(0, math.inf))
     if config.margin not in MARGINS:
         raise ValueError(f"--margin {config.margin}: expected one of {', '.join(MARGINS)}")

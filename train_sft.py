@@ -19,7 +19,6 @@ the number of updates, not of tokens, is what is scarce there.
 import random
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,9 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import tinytown
-from llama2 import (Log, Transformer, autocast, begin_run, encode_dialog, fit, load, open_run,
-                    read_json, require, respond, run_script, save, save_resume, setup,
-                    write_summary)
+from llama2 import (Log, Transformer, autocast, begin_run, encode_dialog, end_run, fit, load,
+                    open_run, read_json, require, respond, run_script, save_resume, setup)
 
 
 @dataclass
@@ -287,7 +285,7 @@ def main(config: Settings) -> dict:
     began = time.time()
     device, rank, world = setup(config.device)
     require(config, ("seq_len", "batch_size", "micro_batch", "epochs", "lr", "grad_clip",
-                     "save_every", "log_every", "dialogues"), val_fraction=(0, 0.9), noise=(0, 1))
+                     "save_every", "log_every", "dialogues"), val_fraction=(0, 1), noise=(0, 1))
     say = print if rank == 0 else lambda *_, **__: None
     out, state = open_run(config)
     model, tok = load(config.init, device, kind=Transformer)
@@ -328,9 +326,7 @@ def main(config: Settings) -> dict:
     lines += ["", f"{metrics['seconds']:.0f} s in all"]
     if rank == 0:
         log.write(steps, final=metrics)
-        write_summary(out, lines)
-        save(out, model, tok)
-        (out / "resume.pt").unlink(missing_ok=True)
+        end_run(out, lines, model, tok)
     return metrics
 
 
