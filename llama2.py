@@ -389,6 +389,18 @@ def encode_dialog(tok: Tokenizer, messages: list[dict]) -> tuple[list[int], list
     return tokens, mask
 
 
+def as_messages(prompt) -> list[dict]:
+    """A prompt, a text or messages, as messages; ValueError unless the user has the last word."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not (isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str)
+            and m.get("role") in ("system", "user", "assistant") for m in messages)):
+        raise ValueError('"prompt" is neither a string nor a list of {"role", "content"}')
+    if messages[-1]["role"] != "user":
+        raise ValueError('"prompt" does not end with a message of the user')
+    return messages
+
+
 # ----------------------------------------------------------------------------------------- sampling
 def top_p_filter(probs, top_p: float):
     """Zero all of probs (B, V) but the fewest likeliest that sum to top_p or more."""
@@ -778,14 +790,16 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(step=step, **metrics)) + "\n")
 
-    def progress(self, step: int, loss: float, lr: float, tokens_per_step: int):
+    def progress(self, step: int, loss: float, lr: float, tokens_per_step: int, shown=(), **more):
+        """One line for a logged step; `more` are a stage's own figures, of which it has `shown`."""
         if not self.quiet:
             seconds = (time.time() - self.start) / (step - self.first)      # a step
             left, rate = round(seconds * (self.max_steps - step)), tokens_per_step / seconds
+            figures = "".join(f"{name} {more[name]:.3f}  " for name in shown if name in more)
             print(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {loss:.3f}  "
-                  f"lr {lr:.1e}  {rate:,.0f} tokens/s  left {left // 60}:{left % 60:02d}",
-                  flush=True)
-            self.write(step, loss=loss, lr=lr, tokens_per_s=round(rate))
+                  f"{figures}lr {lr:.1e}  {rate:,.0f} tokens/s  "
+                  f"left {left // 60}:{left % 60:02d}", flush=True)
+            self.write(step, loss=loss, lr=lr, tokens_per_s=round(rate), **more)
 
 
 def fit(model, batches, loss_sum, count, config, log=None, state=None, keep=None, tokens=0):
