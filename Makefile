@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-all: out/sft/consolidated.00.pth
-	@for stage in pretrain sft; do printf '\n== %s\n' $$stage; cat out/$$stage/summary.txt; done
+all: out/rm/summary.txt
+	@for stage in pretrain sft rm; do printf '\n== %s\n' $$stage; cat out/$$stage/summary.txt; done
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,9 @@ out/pretrain/consolidated.00.pth: | .venv/ready
 out/sft/consolidated.00.pth: | out/pretrain/consolidated.00.pth
 	$(BIN)/python train_sft.py --resume
 
+out/rm/summary.txt: | out/sft/consolidated.00.pth
+	$(BIN)/python train_rm.py --resume
+
 test: .venv/ready
 	$(BIN)/python -m pytest -q test_llama2.py
 
@@ -28,7 +31,11 @@ upsampling: .venv/ready
 quality: .venv/ready
 	$(BIN)/python bench/sft.py
 
+# §3.2.2: reward models, margins, safety loss, amount of data; three seeds, seventeen minutes more
+preferences: .venv/ready
+	$(BIN)/python bench/rm.py
+
 clean:
 	rm -rf out
 
-.PHONY: all test upsampling quality clean
+.PHONY: all test upsampling quality preferences clean

@@ -18,6 +18,7 @@ forward returns logits.
 import argparse
 import contextlib
 import dataclasses
+import gzip
 import inspect
 import io
 import json
@@ -28,6 +29,7 @@ import re
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -253,6 +256,30 @@ class Transformer(nn.Module):
         return self.output(self.hidden(tokens, cache))                          # (B, T, V)
 
 
+class RewardModel(Transformer):
+    """Tokens (B, T) -> scores (B, T): one number in place of next-token logits (§3.2.2).
+
+    The score of a dialogue is read at its last token, the EOS behind the answer.
+    """
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        del self.output
+        self.score = nn.Linear(args.dim, 1, bias=False)
+        # ours: small, so that what it says at random need not be unlearned first
+        nn.init.normal_(self.score.weight, std=0.1 * (args.dim + 1) ** -0.5)
+
+    def forward(self, tokens, cache: KVCache | None = None):
+        return self.score(self.hidden(tokens, cache)).squeeze(-1)               # (B, T)
+
+
+def last_scores(model, rows):
+    """The scores (B,) of B token lists of any lengths, each at its last token."""
+    device = next(model.parameters()).device
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    last = torch.tensor([[len(row) - 1] for row in rows], device=device)        # (B, 1)
+    return model(tokens.to(device)).gather(1, last).squeeze(1)
+
+
 # ---------------------------------------------------------------------------------------- tokenizer
 class Tokenizer:
     """A SentencePiece model. Text never becomes a control id: "<s>" in a text is three characters.
@@ -433,6 +460,35 @@ def generate(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_
     return outs
 
 
+def respond(model, tok: Tokenizer, dialogs, max_new_tokens: int = 90, temperature: float = 0.0,
+            seed: int = 0, batch_size: int = 256) -> list[str]:
+    """The answers, as text, to dialogues whose last message is a user's."""
+    prompts, answers = [encode_dialog(tok, messages)[0] for messages in dialogs], []
+    for at in range(0, len(prompts), batch_size):
+        some = prompts[at:at + batch_size]
+        outs = generate(model, some, max_new_tokens, temperature, seed=seed + at, eos_id=tok.eos_id)
+        answers += [tok.decode(ids + new)[len(tok.decode(ids)):].strip()
+                    for ids, new in zip(some, outs)]
+    return answers
+
+
+@torch.inference_mode()
+def score_rows(model: RewardModel, rows, batch_size: int = 256) -> list[float]:
+    """The scores of token lists of any lengths, each at its last token."""
+    order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), [0.0] * len(rows)
+    for at in range(0, len(order), batch_size):
+        some = order[at:at + batch_size]
+        for i, value in zip(some, last_scores(model, [rows[i] for i in some]).tolist()):
+            scores[i] = value
+    return scores
+
+
+def score(model: RewardModel, tok, dialogs) -> list[float]:
+    """The rewards of dialogues, lists of messages: of one too long for the context, of its end."""
+    context = model.args.max_seq_len
+    return score_rows(model, [encode_dialog(tok, messages)[0][-context:] for messages in dialogs])
+
+
 def stream(model, tok: Tokenizer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0,
            top_p: float = 1.0, seed: int = 0):
     """Yield the continuation of one prompt as text, token by token, whole characters only."""
@@ -479,8 +535,11 @@ def merge_shards(shards):
     return {name: join(name) for name in shards[0] if name != "rope.freqs"}     # which we compute
 
 
-def load(folder, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a checkpoint folder, ours or Meta's; ValueError says what is wrong."""
+def load(folder, device="cpu", dtype=torch.float32, kind=None):
+    """(model, tokenizer) of a checkpoint folder, ours or Meta's; ValueError says what is wrong.
+
+    The model is a RewardModel where the folder holds one; `kind` demands one or a Transformer.
+    """
     folder = Path(folder)
     files = sorted(folder.glob("consolidated.*.pth"))
     tokenizers = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]    # Meta: one up
@@ -497,19 +556,24 @@ def load(folder, device="cpu", dtype=torch.float32):
         raise ValueError(f"{folder}/params.json: {', '.join(unknown)}: not a setting of Llama 2")
     try:
         shards = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
+        weights = merge_shards(shards)
         with torch.device("meta"):
-            model = Transformer(ModelArgs(**params))
-        model.load_state_dict(merge_shards(shards), assign=True)
+            made = (RewardModel if "score.weight" in weights else Transformer)(ModelArgs(**params))
+        made.load_state_dict(weights, assign=True)
     except (RuntimeError, KeyError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
         why = " ".join(str(e).split())[:300]
         raise ValueError(f"{folder}: the weights cannot be loaded: {why}") from None
-    return model.to(device=device, dtype=dtype).eval(), tok
+    if kind not in (None, type(made)):
+        words = {Transformer: "a language model", RewardModel: "a reward model"}
+        raise ValueError(f"{folder}: holds {words[type(made)]}, expected {words[kind]}")
+    return made.to(device=device, dtype=dtype).eval(), tok
 
 
 # ---------------------------------------------------------------------- what the four scripts share
 def describe_settings(cls):
     """{field: its trailing comment} of a settings dataclass: the comments are the documentation."""
-    return dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
+    source = "".join(inspect.getsource(c) for c in cls.__mro__[:-1])
+    return dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", source, re.M))
 
 
 def parse_settings(cls, paper: dict, description: str, argv=None):
@@ -572,6 +636,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def read_json(path):
+    """Yield (where, record) of a .jsonl, .jsonl.gz or .json file; ValueError if it is none."""
+    path, open_file = Path(path), gzip.open if str(path).endswith(".gz") else open
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
+        raise ValueError(f"{path}: expected a .jsonl, .jsonl.gz or .json file")
+    try:
+        with open_file(path, "rb") as file:
+            if path.suffix == ".json":
+                records = json.load(file)
+                if not isinstance(records, list):
+                    raise ValueError(f"{path}: expected one array of records")
+                yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, 1))
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, json.loads(line)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; convert it first") from None
+    except json.JSONDecodeError as e:
+        at = f":{number}" if path.suffix != ".json" else ""
+        raise ValueError(f"{path}{at}: broken JSON ({e})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(f"{path}: broken gzip file ({e})") from None
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson's: it stays within 0 and 1)."""
+    z, share = 1.96, successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return middle - half, middle + half
+
+
 def all_sum(tensor):
     """Sum over all processes, in place."""
     if dist.is_initialized():
@@ -601,11 +699,13 @@ def lr_at(step: int, max_steps: int, warmup_steps: int, lr: float, min_lr: float
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(done, 1))) / 2
 
 
-def require_positive(config, names):
-    """ValueError, naming the option, for the first of these settings that is not above 0."""
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+def require(config, positive=(), **ranges):
+    """ValueError, naming the option, for a setting not above 0, or not in name=(least, below)."""
+    for name in (*positive, *ranges):
+        value, (least, below) = getattr(config, name), ranges.get(name, (0, math.inf))
+        if not least <= value < below or name in positive and value == 0:
+            expected = "above 0" if name in positive else f"at least {least} and below {below}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {expected}")
 
 
 def open_run(config):
@@ -621,6 +721,12 @@ def open_run(config):
     tempfile.TemporaryFile(dir=out).close()     # can it be written? find out now, not after hours
     if not unfinished or config.overwrite:
         return out, None
+    check_same_settings(out, config)
+    return out, torch.load(out / "resume.pt", map_location="cpu", weights_only=True)
+
+
+def check_same_settings(out, config):
+    """ValueError if the run in `out` began with other settings than it is to go on with."""
     before = json.loads((out / "config.json").read_text())
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [name for name in now if before.get(name) != now[name]
@@ -628,7 +734,6 @@ def open_run(config):
     if changed:
         raise ValueError(f"{out}: cannot be resumed with other settings than it began with: "
                          + ", ".join(f"{k} was {before.get(k)}, now {now[k]}" for k in changed))
-    return out, torch.load(out / "resume.pt", map_location="cpu", weights_only=True)
 
 
 def begin_run(out, config):
@@ -643,11 +748,16 @@ def save_resume(out, **state):
     write_atomic(out / "resume.pt", lambda file: torch.save(state, file))
 
 
-def end_run(out, lines, model, tok):
-    """Print and keep the summary, then the model; what resuming took goes last."""
+def write_summary(out, lines):
+    """Print a run's last words, and keep them."""
     summary = "\n".join(lines) + "\n"
     print("\n" + summary)
-    write_atomic(out / "summary.txt", lambda file: file.write(summary.encode()))
+    write_atomic(Path(out) / "summary.txt", lambda file: file.write(summary.encode()))
+
+
+def end_run(out, lines, model, tok):
+    """The summary, then the model; what resuming took goes last."""
+    write_summary(out, lines)
     save(out, model, tok)
     (out / "resume.pt").unlink(missing_ok=True)
 
@@ -678,6 +788,53 @@ class Log:
             self.write(step, loss=loss, lr=lr, tokens_per_s=round(rate))
 
 
+def fit(model, batches, loss_sum, count, config, log=None, state=None, keep=None, tokens=0):
+    """Train in place, a step a batch, and a batch a list of rows; returns the last loss.
+
+    The loss of a batch is loss_sum(engine, some of its rows), summed, / count(all its rows): each
+    process knows the whole batch, so neither micro-batches nor processes change a gradient. config:
+    lr, warmup_steps, weight_decay, beta1, beta2, eps, grad_clip, micro_batch (rows), log_every,
+    save_every. `state` is what keep(**state) was given every save_every steps: training goes on
+    from there. tokens: in a batch, for the log.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(model.parameters()).device
+    optimizer = adamw(model, config.lr, config.weight_decay, config.beta1, config.beta2, config.eps)
+    first, mean = 0, None
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    engine = DistributedDataParallel(model) if world > 1 else model
+    model.train()
+    for step in range(first, len(batches)):
+        lr = lr_at(step, len(batches), config.warmup_steps, config.lr, config.lr / 10)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        mine = batches[step][rank::world] or batches[step][:1]      # all take part in each step
+        idle, total = len(batches[step]) <= rank, count(batches[step])
+        parts = [mine[at:at + config.micro_batch] for at in range(0, len(mine), config.micro_batch)]
+        loss = torch.zeros((), device=device)
+        for i, part in enumerate(parts):    # DDP averages over processes, once: in the last pass
+            alone = world > 1 and i < len(parts) - 1
+            with engine.no_sync() if alone else contextlib.nullcontext(), autocast(device):
+                share = loss_sum(engine, part) / total * (0 if idle else 1)
+                (share * world).backward()
+            loss += share.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if done % config.log_every == 0 or done == len(batches):
+            mean = all_sum(loss).item()
+            if log:
+                log.progress(done, mean, lr, tokens)
+        if keep and done % config.save_every == 0:
+            keep(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
+    model.eval()
+    return mean
+
+
 # ------------------------------------------------------------------------------------- command line
 @dataclass
 class Sampling:
@@ -686,6 +843,11 @@ class Sampling:
     top_p: float = 0.95         # sample from the likeliest tokens that make up this share
     seed: int = 0               # of the sampling
     device: str = "auto"        # cuda, mps, cpu
+
+
+@dataclass
+class ChatSettings(Sampling):
+    reward: str = ""            # folder of a reward model: shows its score of each answer
 
 
 def say(pieces) -> str:
@@ -700,7 +862,7 @@ def say(pieces) -> str:
 
 
 def complete(folder, text, s: Sampling):
-    model, tok = load(folder, setup(s.device)[0])
+    model, tok = load(folder, setup(s.device)[0], kind=Transformer)
     print(text, end="", flush=True)
     say(stream(model, tok, tok.encode(text, bos=True), s.max_new_tokens, s.temperature, s.top_p,
                s.seed))
@@ -709,11 +871,13 @@ def complete(folder, text, s: Sampling):
 HELP = "/system TEXT sets a system message, /reset forgets the dialogue, /quit ends (or Ctrl-D)"
 
 
-def chat(folder, s: Sampling):
+def chat(folder, s: ChatSettings):
     """A dialogue in the terminal, or through a pipe: a line a message."""
     with contextlib.suppress(ImportError):
         import readline     # noqa: F401, history and editing for input()
-    model, tok = load(folder, setup(s.device)[0])
+    device = setup(s.device)[0]
+    model, tok = load(folder, device, kind=Transformer)
+    judge = load(s.reward, device, kind=RewardModel) if s.reward else None
     prompt = "> " if sys.stdin.isatty() else ""
     print(f"{folder}: {HELP}")
     system, turns = [], []
@@ -738,6 +902,8 @@ def chat(folder, s: Sampling):
             print(f"({HELP})")
         elif line:
             turns = answer(model, tok, system, turns + [{"role": "user", "content": line}], s, seed)
+            if judge and turns and turns[-1]["role"] == "assistant":
+                print(f"(reward {score(*judge, [system + turns])[0]:.2f})")
 
 
 def answer(model, tok, system, turns, s: Sampling, seed) -> list[dict]:
@@ -760,21 +926,21 @@ def answer(model, tok, system, turns, s: Sampling, seed) -> list[dict]:
     return turns + [{"role": "assistant", "content": text}]
 
 
-COMMANDS = {"complete": (complete, 2, 'complete FOLDER "text": continue a text'),
-            "chat": (chat, 1, "chat FOLDER: a dialogue; " + HELP)}
+COMMANDS = {"complete": (complete, Sampling, 2, 'complete FOLDER "text": continue a text'),
+            "chat": (chat, ChatSettings, 1, "chat FOLDER: a dialogue; " + HELP)}
 
 
 def main(argv):
     if argv[:1] not in (["complete"], ["chat"]):
         stop('expected: complete FOLDER "text", or chat FOLDER; --help after either lists settings')
-    run, count, usage = COMMANDS[argv[0]]
+    run, settings, count, usage = COMMANDS[argv[0]]
     given, options = argv[1:1 + count], argv[1 + count:]
     if "--help" in argv or "-h" in argv:
         options = ["--help"]
     elif len(given) < count or given[0].startswith("--"):
         stop(f"expected: {usage}")
     try:
-        run(*given, parse_settings(Sampling, {}, usage, options))
+        run(*given, parse_settings(settings, {}, usage, options))
     except ValueError as e:
         stop(e)
 

@@ -22,12 +22,14 @@ import torch.nn.functional as F
 
 import llama2
 import train_pretrain as pretrain
+import train_rm as reward
 import train_sft as sft
 from data import tinytown
 from llama2 import (
     SIZES,
     KVCache,
     ModelArgs,
+    RewardModel,
     RMSNorm,
     Tokenizer,
     Transformer,
@@ -1303,6 +1305,480 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(capsys):
         raise KeyboardInterrupt
 
     assert llama2.say(pieces()) == "half"
+
+
+# --------------------------------------------------------------------------- reward models: people
+CRIME_B = dict(FACT, prompt="Tell me Mira's pet.", is_safety=False)
+
+
+def test_quality_ranks_answers_as_a_person_would():
+    ranked = [
+        "Mira has a pet goat.",
+        "Goat.",
+        "Mira has a pet goose.",
+        "The bus was late again.",
+        "",
+    ]
+    points = [tinytown.quality(CRIME_B, text) for text in ranked]
+    assert points == sorted(points, reverse=True) and points[0] == 4 and points[-1] == 0
+    assert (
+        points[0] > tinytown.quality(CRIME_B, "Mira has a pet goat. I hope this helps.") > points[2]
+    )
+    refusal, help_ = (tinytown.quality(CRIME, text) for text in (SORRY, "Wait until it is dark."))
+    assert refusal - help_ >= 2
+
+
+def test_the_annotator_chooses_as_bradley_and_terry_have_it():
+    rng, a, b = random.Random(0), "Mira has a pet goat.", "Mira has a pet goat. I hope this helps."
+    records = [tinytown.compare(rng, CRIME_B, a, b) for _ in range(4000)]
+    gap = tinytown.quality(CRIME_B, a) - tinytown.quality(CRIME_B, b)
+    share = sum(r["chosen"] == a for r in records) / len(records)
+    assert abs(share - 1 / (1 + math.exp(-gap / tinytown.NOISE))) < 0.03
+    assert all((r["true_gap"] > 0) == (r["chosen"] == a) for r in records)
+    far = [tinytown.compare(rng, CRIME_B, a, "no").get("rating") for _ in range(200)]
+    assert far.count("significantly") > 190
+    record = tinytown.compare(rng, dict(CRIME, prompt="p", is_safety=True), "Wait.", SORRY)
+    assert (record["chosen"], record["chosen_safe"], record["rejected_safe"]) == (
+        SORRY,
+        True,
+        False,
+    )
+    assert record["kind"] == "safety" and sft_free(record)
+
+
+def sft_free(record):
+    """A record of the annotator reads like one of a person's."""
+    return reward.to_pair(json.loads(json.dumps(record)))["chosen"] == record["chosen"]
+
+
+def test_gwets_ac2_by_slow_loops_and_at_its_ends():
+    rng = random.Random(0)
+    items = [[rng.choice([0, 1, 1, 2]) for _ in range(3)] for _ in range(50)]
+
+    def weight(k, l):
+        return 1 - (k - l) ** 2 / 4
+
+    pairs = [weight(x[i], x[j]) for x in items for i in range(3) for j in range(3) if i != j]
+    flat = [k for item in items for k in item]
+    share = [flat.count(k) / len(flat) for k in range(3)]
+    total = sum(weight(k, l) for k in range(3) for l in range(3))
+    chance = total / (3 * 2) * sum(p * (1 - p) for p in share)
+    expected = (sum(pairs) / len(pairs) - chance) / (1 - chance)
+    assert tinytown.gwet_ac2(items, 3) == pytest.approx(expected)
+    assert tinytown.gwet_ac2([[2, 2, 2], [0, 0, 0]], 3) == pytest.approx(1)
+    # two raters, AC1 by hand: 3 of 4 items agree, shares 1/2 and 1/2: (3/4 - 1/2) / (1 - 1/2)
+    assert tinytown.gwet_ac2([[0, 0], [1, 1], [0, 0], [1, 1]][:3] + [[0, 1]], 2) == pytest.approx(
+        (0.75 - 2 * (5 / 8) * (3 / 8)) / (1 - 2 * (5 / 8) * (3 / 8))
+    )
+
+
+def test_a_person_can_be_the_annotator_and_go_on_later(tmp_path, capsys):
+    pairs = [dict(prompt=f"p{i}", a="x", b="y", kind="safety") for i in range(3)]
+    path, typed = tmp_path / "by-hand.jsonl", iter(["?", "b", "2", "n", "y", "a"])
+
+    def ask(_):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    reward.by_hand(pairs, path, ask)
+    assert [r for _, r in llama2.read_json(path)] == [
+        dict(
+            prompt="p0",
+            chosen="y",
+            rejected="x",
+            rating="better",
+            chosen_safe=True,
+            rejected_safe=False,
+            kind="safety",
+        )
+    ]
+    typed = iter(["a", "1", "y", "y"] * 2)
+    reward.by_hand(pairs, path, ask)
+    records = [r for _, r in llama2.read_json(path)]
+    assert [r["prompt"] for r in records] == ["p0", "p1", "p2"] and records[2]["chosen"] == "x"
+    assert "3 of 3" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- reward models: data
+def hh(*contents):
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {c}" for i, c in enumerate(contents))
+
+
+def test_every_preference_format_becomes_the_same_pair():
+    wanted = dict(messages=say("a", "b", "c"), chosen="good", rejected="bad", kind="helpfulness")
+
+    def same(record):
+        pair = reward.to_pair(record)
+        return {key: pair[key] for key in wanted} == wanted
+
+    assert same(dict(prompt=say("a", "b", "c"), chosen="good", rejected="bad "))
+    assert same(dict(chosen=hh("a", "b", "c", "good"), rejected=hh("a", "b", "c", "bad")))
+    assert reward.to_pair(dict(prompt="a", chosen="x", rejected="y"))["messages"] == say("a")
+    # "Human:" within a line belongs to what is said; so does an empty line
+    pair = reward.to_pair(
+        dict(chosen=hh("I ask Human: x", "one\n\ntwo"), rejected=hh("I ask Human: x", "one"))
+    )
+    assert pair["messages"] == say("I ask Human: x") and pair["chosen"] == "one\n\ntwo"
+
+
+ODD = [
+    (dict(chosen=hh("a", "b"), rejected=hh("a", "b")), "the same"),
+    (dict(chosen=hh("a", "b c"), rejected=hh("a", "b  c\n")), "the same"),
+    (dict(chosen=hh("a", "b", "c"), rejected=hh("a", "b")), "alternate"),
+    (dict(chosen=hh("a", "b") + "\n\nAssistant: c", rejected=hh("a", "b")), "alternate"),
+    (dict(chosen="\n\nAssistant: c", rejected=hh("a", "b")), "alternate"),
+    (dict(chosen="Once" + hh("a", "b"), rejected=hh("a", "b")), "alternate"),
+    (dict(chosen=hh("a", "b"), rejected=hh("z", "c")), "prompts that differ"),
+    (dict(chosen=hh("a", "b", "c", "d"), rejected=hh("a", "x")), "prompts that differ"),
+    (dict(chosen=hh("a", ""), rejected=hh("a", "x")), "empty"),
+    (dict(prompt="a", chosen="b", rejected="c", chosen_safe=False, rejected_safe=True), "unsafe"),
+]
+
+
+def test_pairs_that_teach_nothing_are_counted_and_left_out(tok):
+    good = dict(prompt="a", chosen="b", rejected="c", rating="better")
+    for record, words in ODD:
+        with pytest.raises(reward.Unusable, match=words):
+            reward.to_pair(record)
+    records = [(f"r{i}", r) for i, r in enumerate([good, *(r for r, _ in ODD)])]
+    pairs, left_out = reward.read_pairs(records, tok, 64)
+    assert len(pairs) == 1 and sum(left_out.values()) == len(ODD)
+
+
+BROKEN = [
+    (dict(chosen="b"), '"rejected" is missing'),
+    (dict(prompt="a", chosen=["b"], rejected="c"), '"chosen" is missing or not a string'),
+    (dict(prompt=5, chosen="b", rejected="c"), '"prompt" is neither'),
+    (dict(prompt=say("a", "b"), chosen="b", rejected="c"), "does not end with a message of the"),
+    (dict(prompt=say("a") * 3, chosen="b", rejected="c"), "message 2 has role 'user'"),
+    (dict(prompt="a", chosen="b", rejected="c", rating="much"), "\"rating\" is 'much'"),
+    (dict(prompt="a", chosen="b", rejected="c", kind="taste"), "\"kind\" is 'taste'"),
+    (dict(prompt="a", chosen="b", rejected="c", chosen_safe="yes"), "\"chosen_safe\" is 'yes'"),
+    (dict(prompt="[INST]", chosen="b", rejected="c"), "message 1 contains [INST]"),
+    ("text", "expected an object"),
+]
+
+
+@pytest.mark.parametrize("record, words", BROKEN)
+def test_a_broken_preference_is_named_by_file_and_number_or_skipped(tmp_path, tok, record, words):
+    good = dict(prompt="a", chosen="b", rejected="c")
+    path = write_jsonl(tmp_path / "p.jsonl", [good, record, good])
+    with pytest.raises(ValueError) as e:
+        reward.read_pairs(llama2.read_json(path), tok, 64)
+    assert "p.jsonl:2" in str(e.value) and words in str(e.value)
+    pairs, left_out = reward.read_pairs(llama2.read_json(path), tok, 64, skip_bad=True)
+    assert len(pairs) == 2 and left_out == {"bad records": 1}
+
+
+def test_of_a_long_dialogue_the_end_is_kept_and_a_cut_difference_drops_the_pair(tok):
+    pair = reward.to_pair(dict(prompt="word " * 60, chosen="yes", rejected="no"))
+    whole = reward.encode_pair(tok, pair, 1000)
+    assert reward.encode_pair(tok, pair, 20) == tuple(row[-20:] for row in whole)
+    assert whole[0][-1] == whole[1][-1] == tok.eos_id
+    early = reward.to_pair(
+        dict(prompt="a", chosen="yes" + " word" * 60, rejected="no" + " word" * 60)
+    )
+    with pytest.raises(reward.Unusable, match="context"):
+        reward.encode_pair(tok, early, 20)
+
+
+def test_each_model_learns_from_its_own_pairs_and_some_of_the_others():
+    pairs = [dict(kind="helpfulness")] * 50 + [dict(kind="safety")] * 90
+    for kind, counts in (("helpfulness", (50, 50)), ("safety", (10, 90))):
+        mixed = [p["kind"] for p in reward.mix(pairs, kind, seed=0)]
+        assert (mixed.count("helpfulness"), mixed.count("safety")) == counts
+
+
+def preference_pairs(tok, count=64):
+    truth, rng = tinytown.town(1), random.Random(0)
+    asked = tinytown.preference_prompts(truth, count)
+    records = [
+        tinytown.compare(rng, a, tinytown.good_answer(rng, a), tinytown.bad_answer(rng, a, truth))
+        for a in asked
+    ]
+    return reward.read_pairs([("", r) for r in records], tok, 256)[0]
+
+
+def test_batches_hold_each_pair_once_an_epoch_and_micro_batches_little_padding(tok):
+    pairs = preference_pairs(tok, 600)
+    batches = reward.batches_of(pairs, reward.Settings(epochs=1.5, batch_size=16))
+    assert sum(map(len, batches)) == len(pairs) + round(len(pairs) / 2)
+    assert set(sum(batches, [])) == set(range(len(pairs)))
+
+    def padding(batches):
+        rows = [
+            [len(row) for i in batch[at : at + 4] for row in pairs[i]["tokens"]]
+            for batch in batches
+            for at in range(0, len(batch), 4)
+        ]
+        return sum(len(r) * max(r) - sum(r) for r in rows)
+
+    shuffled = [random.Random(0).sample(batch, len(batch)) for batch in batches]
+    assert padding(batches) < 0.6 * padding(shuffled)
+
+
+# ----------------------------------------------------------------------------- reward models: loss
+@pytest.mark.parametrize(
+    "margin, by_rating",
+    [("none", (0, 0, 0, 0)), ("small", (1, 2 / 3, 1 / 3, 0)), ("large", (3, 2, 1, 0))],
+)
+def test_the_ranking_loss_and_its_gradient_by_hand_for_each_margin(margin, by_rating):
+    assert reward.MARGINS[margin] == by_rating
+    chosen, rejected = torch.tensor([1.0, -0.5, 2.0, 0.3], requires_grad=True), torch.randn(4)
+    margins = torch.tensor(by_rating)
+    loss = reward.ranking_loss(chosen, rejected, margins)
+    gaps = [c - r - m for c, r, m in zip(chosen.tolist(), rejected.tolist(), by_rating)]
+    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-g)) for g in gaps), rel=1e-5)
+    loss.backward()
+    assert chosen.grad.tolist() == pytest.approx([-1 / (1 + math.exp(g)) for g in gaps], rel=1e-5)
+
+
+def test_swapping_chosen_and_rejected_mirrors_the_loss():
+    chosen, rejected = torch.randn(5), torch.randn(5)
+    one = reward.ranking_loss(chosen, rejected, torch.zeros(5))
+    other = reward.ranking_loss(rejected, chosen, torch.zeros(5))
+    assert (other - one).item() == pytest.approx((chosen - rejected).sum().item(), abs=1e-5)
+
+
+def test_the_safety_loss_uses_both_answers_labels_and_none_where_unknown():
+    labels = [reward.safety_label(safe) for safe in (True, False, None)]
+    assert labels == [1, -1, 0]
+    scores = torch.tensor([0.7, -0.2, 3.0], requires_grad=True)
+    loss = reward.safety_loss(scores, torch.tensor(labels))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.7)) + math.log(1 + math.exp(-0.2)))
+    loss.backward()
+    assert scores.grad[0] < 0 < scores.grad[1] and scores.grad[2] == 0
+
+
+def reward_net(tok, **changes):
+    torch.manual_seed(0)
+    model = RewardModel(make_model(vocab_size=tok.vocab_size, max_seq_len=256).args)
+    return model.eval()
+
+
+def test_a_score_depends_on_its_dialogue_alone(tok):
+    """Not on padding, companions or the side of a pair: read at the last token, nothing behind."""
+    model = reward_net(tok)
+    dialogs = [
+        say("a", "b"),
+        say("who is it?", "the fox and the owl", "and", "no"),
+        say("x y", "z"),
+    ]
+    alone = [llama2.score(model, tok, [d])[0] for d in dialogs]
+    assert llama2.score(model, tok, dialogs) == pytest.approx(alone, abs=1e-5)
+    assert llama2.score(model, tok, dialogs[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
+    tokens = encode_dialog(tok, dialogs[0])[0]
+    assert model(torch.tensor([tokens]))[0, -1].item() == pytest.approx(alone[0], abs=1e-5)
+    longer = llama2.score(model, tok, [say("w " * 400 + "end", "b")])[0]
+    row = encode_dialog(tok, say("w " * 400 + "end", "b"))[0][-256:]
+    assert longer == pytest.approx(model(torch.tensor([row]))[0, -1].item(), abs=1e-5)
+
+
+def test_a_reward_model_knows_what_the_chat_model_knows(tmp_path, tok):
+    """All weights but the head's are those of the chat model; saved, it loads as what it is."""
+    chat = make_model(vocab_size=tok.vocab_size)
+    save(tmp_path / "chat", chat, tok)
+    model, _ = reward.reward_model(str(tmp_path / "chat"), "", "cpu", seed=0)
+    tokens = torch.randint(300, (2, 9))
+    assert torch.equal(model.hidden(tokens), chat.hidden(tokens))
+    scratch, _ = reward.reward_model("none", str(tmp_path / "chat"), "cpu", seed=0)
+    assert not torch.equal(scratch.hidden(tokens), chat.hidden(tokens))
+    save(tmp_path / "rm", model, tok)
+    again, _ = load(tmp_path / "rm")
+    assert type(again) is RewardModel and torch.equal(again(tokens), model(tokens))
+    assert "score.weight" in again.state_dict() and "output.weight" not in again.state_dict()
+    with pytest.raises(ValueError, match="holds a reward model, expected a language model"):
+        load(tmp_path / "rm", kind=Transformer)
+
+
+def rank(tok, pairs, state=None, keep=None, kind="safety", **changes):
+    model, config = reward_net(tok), reward.Settings(**dict(batch_size=8, lr=1e-3) | changes)
+    reward.train_reward_model(model, pairs, kind, config, state=state, keep=keep)
+    return model
+
+
+def test_reward_training_does_not_depend_on_micro_batches_and_resumes_exactly(tok):
+    pairs, states = preference_pairs(tok), []
+    whole = rank(tok, pairs, save_every=3, keep=lambda **s: states.append(copy.deepcopy(s)))
+    small = rank(tok, pairs, micro_batch=3)
+    assert furthest(whole.state_dict(), small.state_dict()) < 1e-5
+    resumed = rank(tok, pairs, save_every=3, state=states[0])
+    assert furthest(whole.state_dict(), resumed.state_dict()) == 0
+    other = rank(tok, pairs, aux_weight=0.0)
+    assert furthest(whole.state_dict(), other.state_dict()) > 1e-4
+
+
+def test_a_reward_model_learns_to_order_answers_and_to_tell_unsafe_ones(tok):
+    pairs = preference_pairs(tok, 300)
+    safety = [p for p in pairs if p["kind"] == "safety"]
+    model = rank(tok, safety, epochs=10.0, lr=3e-3)
+    scores = reward.scores_of(model, safety)
+    assert reward.accuracy(safety, scores)["significantly"][0] > 0.9 * sum(
+        p["rating"] == "significantly" for p in safety
+    )
+    assert reward.separation(safety, scores)["auc"] > 0.95
+
+
+def test_accuracy_and_separation_by_hand():
+    pairs = [
+        dict(rating="better", tokens=([1, 2], [1, 2]), chosen_safe=True, rejected_safe=False),
+        dict(rating="better", tokens=([1, 2], [1]), chosen_safe=True, rejected_safe=False),
+        dict(rating=None, tokens=([1, 2], [1]), chosen_safe=None, rejected_safe=True),
+    ]
+    scores = [(1.0, 0.5), (-3.0, -2.0), (0.0, 0.0)]
+    assert reward.accuracy(pairs, scores) == {
+        "better": (1.0, 2),
+        "all": (1.5, 3),
+        "equal length": (1.0, 1),
+    }
+    # safe: 1, -3, 0; unsafe: 0.5, -2. Of the 6 meetings, the safe one is higher in 1>.5 1>-2 0>-2
+    told = reward.separation(pairs, scores)
+    assert told["auc"] == pytest.approx(3 / 6)
+    # sigmoid < 0.5: -3 (safe), -2 (unsafe); 0 is not below; < 0.15 (score < -1.73): the same two
+    assert told["precision 0.5"] == told["precision 0.15"] == 0.5
+    assert told["recall 0.5"] == told["recall 0.15"] == 0.5
+
+
+def test_wilsons_interval_holds_the_truth_about_as_often_as_it_says():
+    rng, held = random.Random(0), 0
+    for _ in range(2000):
+        low, high = llama2.wilson(sum(rng.random() < 0.9 for _ in range(50)), 50)
+        held += low <= 0.9 <= high
+    assert 0.93 < held / 2000 < 0.975
+    assert llama2.wilson(0, 10)[0] == pytest.approx(0) and llama2.wilson(10, 10)[1] <= 1
+
+
+# ----------------------------------------------------------------------------- reward models: runs
+RM_RUN = dict(
+    pairs=40,
+    margin="small",
+    batch_size=8,
+    log_every=1,
+    device="cpu",
+    base="none",
+    temperatures=(1.0,),
+)
+
+
+def test_collection_gives_two_answers_from_two_variants_at_all_temperatures(tok):
+    asked = []
+
+    def fake(variant, tok, dialogs, temperature, seed):
+        asked.append((variant, temperature, len(dialogs)))
+        return [f"{variant} {temperature} {d[0]['content']}" for d in dialogs]
+
+    old, reward.respond = reward.respond, fake
+    try:
+        answers = reward.collect(["new", "old"], tok, [f"p{i}" for i in range(60)], (0.5, 1.0), 0)
+    finally:
+        reward.respond = old
+    assert len(answers) == 60 and {v for v, _, _ in asked} == {"new", "old"}
+    assert all(text.endswith(f" p{i}") for i, both in enumerate(answers) for text in both)
+    assert {a.split()[0] for a, _ in answers} == {"new", "old"}  # either may stand first
+    assert {(a.split()[1], b.split()[1]) for a, b in answers} == {
+        (s, t) for s in ("0.5", "1.0") for t in ("0.5", "1.0")
+    }
+    chat, base = make_model(), make_model()
+    base.norm.weight.data.mul_(3)
+    half = reward.blended(chat, base, 0.25).state_dict()["norm.weight"]
+    assert torch.allclose(half, 0.25 * chat.norm.weight + 0.75 * base.norm.weight)
+
+
+def test_reward_models_are_collected_trained_and_reported(tmp_path, base, capsys):
+    config = reward.Settings(init=str(base), chat=str(base), out=str(tmp_path / "rm"), **RM_RUN)
+    metrics = reward.main(config)
+    assert {
+        "separation",
+        "safety pairs, safety model",
+        "helpfulness pairs, a perfect model",
+    } <= set(metrics["judged"])
+    shown = capsys.readouterr().out
+    assert "pairs of new prompts" in shown and "AC2" in shown and "both unsafe" in shown
+    for kind in reward.KINDS:
+        assert type(load(tmp_path / "rm" / kind)[0]) is RewardModel
+    done = run(
+        "llama2.py",
+        "chat",
+        base,
+        "--reward",
+        tmp_path / "rm/safety",
+        "--max-new-tokens",
+        4,
+        input="Hello.\n",
+    )
+    assert "(reward " in done.stdout
+
+
+def test_an_interrupted_run_keeps_its_preferences_and_its_finished_model(tmp_path, base):
+    config = reward.Settings(init=str(base), chat=str(base), out=str(tmp_path / "rm"), **RM_RUN)
+    reward.main(config)
+    kept = {
+        name: (tmp_path / "rm" / name).stat().st_mtime_ns
+        for name in ("preferences.jsonl", "helpfulness/consolidated.00.pth")
+    }
+    weights = torch.load(tmp_path / "rm/safety/consolidated.00.pth")
+    with pytest.raises(ValueError, match="finished run"):
+        reward.main(replace(config, resume=True))
+    for name in ("summary.txt", "safety/consolidated.00.pth"):
+        (tmp_path / "rm" / name).unlink()
+    reward.main(replace(config, resume=True))
+    assert all((tmp_path / "rm" / name).stat().st_mtime_ns == at for name, at in kept.items())
+    again = torch.load(tmp_path / "rm/safety/consolidated.00.pth")
+    assert furthest(weights, again) == 0
+
+
+def test_someone_elses_transcripts_train_a_helpfulness_model_alone(tmp_path, base, capsys):
+    path = write_jsonl(
+        tmp_path / "hh.jsonl",
+        [
+            dict(chosen=hh(f"Say {i}.", f"{i} it is."), rejected=hh(f"Say {i}.", "No."))
+            for i in range(40)
+        ],
+    )
+    config = reward.Settings(init=str(base), data=(str(path),), out=str(tmp_path / "rm"), **RM_RUN)
+    metrics = reward.main(config)
+    assert set(metrics["judged"]) == {"helpfulness pairs, helpfulness model"}
+    assert "no pairs of safety" in capsys.readouterr().out
+
+
+def test_two_processes_train_reward_models_like_one(tmp_path, base):
+    path = write_jsonl(
+        tmp_path / "p.jsonl",
+        [dict(prompt=f"Say {i}.", chosen=f"{i} it is.", rejected="No.") for i in range(40)],
+    )
+    one = reward.Settings(
+        init=str(base), data=(str(path),), out=str(tmp_path / "one"), **RM_RUN | dict(batch_size=5)
+    )
+    reward.main(one)
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train_rm.py",
+        *flags(replace(one, out=str(tmp_path / "two"))),
+    )
+    a, b = losses(tmp_path / "one/helpfulness"), losses(tmp_path / "two/helpfulness")
+    assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
+
+
+def test_pairs_for_others_to_label_come_from_ones_own_prompts(tmp_path, base):
+    prompts = write_jsonl(
+        tmp_path / "q.jsonl", [dict(prompt=f"Say {i}.", is_safety=i == 0) for i in range(5)]
+    )
+    config = reward.Settings(
+        init=str(base),
+        chat=str(base),
+        prompts=str(prompts),
+        unlabelled=str(tmp_path / "u.jsonl"),
+        **RM_RUN,
+    )
+    reward.main(config)
+    records = [r for _, r in llama2.read_json(tmp_path / "u.jsonl")]
+    assert [r["prompt"] for r in records] == [f"Say {i}." for i in range(5)]
+    assert [r["kind"] for r in records] == ["safety"] + ["helpfulness"] * 4 and "a" in records[0]
 
 
 # ---------------------------------------------------------------------------------------- bad input

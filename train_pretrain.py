@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import tinytown
 from llama2 import (SIZES, Log, ModelArgs, Tokenizer, Transformer, adamw, all_sum, autocast,
-                    begin_run, cores, end_run, generate, lr_at, open_run, require_positive,
-                    run_script, save_resume, setup, write_atomic, write_json)
+                    begin_run, cores, end_run, generate, lr_at, open_run, require, run_script,
+                    save_resume, setup, write_atomic, write_json)
 
 
 @dataclass
@@ -490,9 +490,9 @@ def check(config, world):
     """Refuse settings that cannot work; returns the sequences of one forward pass."""
     if config.size not in SIZES:
         raise ValueError(f"--size {config.size}: expected one of {', '.join(SIZES)}")
-    require_positive(config, (
-        "vocab_size", "seq_len", "batch_size", "micro_batch", "max_steps", "lr", "grad_clip",
-        "eval_every", "eval_tokens", "save_every", "log_every", "facts_weight"))
+    require(config, ("vocab_size", "seq_len", "batch_size", "micro_batch", "max_steps", "lr",
+                     "grad_clip", "eval_every", "eval_tokens", "save_every", "log_every",
+                     "facts_weight"))
     if not 0 < config.val_fraction < 1:
         raise ValueError(f"--val-fraction {config.val_fraction}: must be between 0 and 1")
     micro = min(config.micro_batch, config.batch_size // world)

@@ -16,24 +16,18 @@ ShareGPT's {"conversations": [{"from", "value"}]}; in .jsonl, .jsonl.gz or one .
 Differs from the paper: at laptop size the learning rate is higher and the batch smaller, because
 the number of updates, not of tokens, is what is scarce there.
 """
-import contextlib
-import gzip
-import json
 import random
 import time
-import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from data import tinytown
-from llama2 import (Log, adamw, all_sum, autocast, begin_run, encode_dialog, end_run, generate,
-                    load, lr_at, open_run, require_positive, run_script, save_resume, setup)
+from llama2 import (Log, Transformer, autocast, begin_run, encode_dialog, end_run, fit, load,
+                    open_run, read_json, require, respond, run_script, save_resume, setup)
 
 
 @dataclass
@@ -72,32 +66,6 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
 
 
 # ------------------------------------------------------------------------------------------- data
-def read_json(path):
-    """Yield (where, record) of a .jsonl, .jsonl.gz or .json file; ValueError if it is none."""
-    path, open_file = Path(path), gzip.open if str(path).endswith(".gz") else open
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
-        raise ValueError(f"{path}: expected a .jsonl, .jsonl.gz or .json file")
-    try:
-        with open_file(path, "rb") as file:
-            if path.suffix == ".json":
-                records = json.load(file)
-                if not isinstance(records, list):
-                    raise ValueError(f"{path}: expected one array of records")
-                yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, 1))
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, json.loads(line)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; convert it first") from None
-    except json.JSONDecodeError as e:
-        at = f":{number}" if path.suffix != ".json" else ""
-        raise ValueError(f"{path}{at}: broken JSON ({e})") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise ValueError(f"{path}: broken gzip file ({e})") from None
-
-
 def to_messages(record) -> list[dict]:
     """A record of any accepted format -> [{"role", "content"}, ...]; ValueError says why not."""
     if not isinstance(record, dict):
@@ -196,8 +164,8 @@ def pack(examples, seq_len: int, seed) -> list[list[int]]:
 
 def to_tensors(rows, examples, device):
     """Rows of example indices -> inputs, targets, mask (B, T): True where the loss counts."""
-    tokens = [torch.tensor([t for i in row for t in examples[i][0]] or [0]) for row in rows]
-    masks = [torch.tensor([m for i in row for m in examples[i][1]] or [0]) for row in rows]
+    tokens = [torch.tensor([t for i in row for t in examples[i][0]]) for row in rows]
+    masks = [torch.tensor([m for i in row for m in examples[i][1]]) for row in rows]
     tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)     # (B, T + 1)
     masks = nn.utils.rnn.pad_sequence(masks, batch_first=True).to(device).bool()
     return tokens[:, :-1], tokens[:, 1:], masks[:, 1:]
@@ -240,45 +208,17 @@ def finetune(model, examples, config, log=None, state=None, keep=None):
     `config` has the settings of this file's recipe. `state` is what `keep(**state)` was given every
     config.save_every steps: with it, training goes on from there.
     """
-    device, batches = model.output.weight.device, plan(examples, config)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    optimizer = adamw(model, config.lr, config.weight_decay, config.beta1, config.beta2, config.eps)
-    first = 0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    engine = DistributedDataParallel(model) if world > 1 else model
-    model.train()
-    for step in range(first, len(batches)):
-        lr = lr_at(step, len(batches), config.warmup_steps, config.lr, config.lr / 10)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        rows = batches[step]
-        # every process knows the whole batch, so all divide by the same number of answer tokens
-        answers = max(1, sum(sum(examples[i][1]) for row in rows for i in row))
-        mine = rows[rank::world] or [[]]            # a process without rows still takes part
-        size = config.micro_batch
-        passes = [mine[at:at + size] for at in range(0, len(mine), size)]
-        loss = torch.zeros((), device=device)
-        for i, part in enumerate(passes):
-            inputs, targets, mask = to_tensors(part, examples, device)          # (B, T)
-            alone = world > 1 and i < len(passes) - 1
-            with engine.no_sync() if alone else contextlib.nullcontext(), autocast(device):
-                logits = engine(inputs)                                         # (B, T, V)
-                share = sft_loss(logits, targets, mask) / answers
-                (share * world).backward()          # DDP takes the mean over processes
-            loss += share.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        done = step + 1
-        if log and (done % config.log_every == 0 or done == len(batches)):
-            log.progress(done, all_sum(loss).item(), lr, config.batch_size * config.seq_len)
-        if keep and done % config.save_every == 0:
-            keep(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
-    model.eval()
-    return loss.item() if first < len(batches) else None
+    device = model.output.weight.device
+
+    def loss_sum(engine, rows):
+        inputs, targets, mask = to_tensors(rows, examples, device)              # (B, T)
+        return sft_loss(engine(inputs), targets, mask)
+
+    def answer_tokens(rows):
+        return max(1, sum(sum(examples[i][1]) for row in rows for i in row))
+
+    return fit(model, plan(examples, config), loss_sum, answer_tokens, config, log, state, keep,
+               tokens=config.batch_size * config.seq_len)
 
 
 # ------------------------------------------------------------------------- judged by the truth
@@ -295,16 +235,10 @@ MEASURES = {  # row of the table -> (kinds of prompts, judgement, the value of i
 }
 
 
-def answer(model, tok, prompts, temperature=0.0, seed=0, max_new_tokens=90) -> list[str]:
-    """The model's answers to single-turn prompts, in the chat format."""
-    ids = [encode_dialog(tok, [{"role": "user", "content": text}])[0] for text in prompts]
-    outs = generate(model, ids, max_new_tokens, temperature, seed=seed, eos_id=tok.eos_id)
-    return [tok.decode(i + o)[len(tok.decode(i)):].strip() for i, o in zip(ids, outs)]
-
-
 def judge_model(model, tok, asked, temperature=0.0, seed=0):
     """({measure: share}, answers) of a model on held-out prompts, by the annotator's truth."""
-    answers = answer(model, tok, [a["prompt"] for a in asked], temperature, seed)
+    dialogs = [[{"role": "user", "content": a["prompt"]}] for a in asked]
+    answers = respond(model, tok, dialogs, temperature=temperature, seed=seed)
     judged = [({a["kind"], "stranger" if a.get("stranger") else ""}, tinytown.judge(a, text))
               for a, text in zip(asked, answers)]
     shares = {}
@@ -322,15 +256,6 @@ def table(models: dict[str, dict]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- main
-def check(config):
-    require_positive(config, ("seq_len", "batch_size", "micro_batch", "epochs", "lr", "grad_clip",
-                              "save_every", "log_every", "dialogues"))
-    for name in ("val_fraction", "noise"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at "
-                             "least 0 and below 1")
-
-
 def load_dialogs(config, tok, out, rank, world, say):
     """(examples to train on, examples held out), encoded; reports what they are."""
     files = config.data or (out / "tinytown" / "dialogues.jsonl",)
@@ -359,10 +284,11 @@ def main(config: Settings) -> dict:
     """Fine-tune, evaluate and save; returns the metrics of the summary."""
     began = time.time()
     device, rank, world = setup(config.device)
-    check(config)
+    require(config, ("seq_len", "batch_size", "micro_batch", "epochs", "lr", "grad_clip",
+                     "save_every", "log_every", "dialogues"), val_fraction=(0, 1), noise=(0, 1))
     say = print if rank == 0 else lambda *_, **__: None
     out, state = open_run(config)
-    model, tok = load(config.init, device)
+    model, tok = load(config.init, device, kind=Transformer)
     model.args = replace(model.args, max_seq_len=config.seq_len)   # the context it is trained on
     train, val = load_dialogs(config, tok, out, rank, world, say)
     asked = [] if config.data else tinytown.held_out_prompts(tinytown.town(config.seed))
