@@ -31,7 +31,11 @@ upsampling: .venv/ready
 quality: .venv/ready
 	$(BIN)/python bench/sft.py
 
+# §3.2.2: reward models, margins, safety loss, amount of data; three seeds, seventeen minutes more
+preferences: .venv/ready
+	$(BIN)/python bench/rm.py
+
 clean:
 	rm -rf out
 
-.PHONY: all test upsampling quality clean
+.PHONY: all test upsampling quality preferences clean

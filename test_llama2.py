@@ -1664,7 +1664,7 @@ RM_RUN = dict(
 
 
 def test_collection_gives_two_answers_from_two_variants_at_all_temperatures(tok):
-    model, asked = make_model(vocab_size=tok.vocab_size, max_seq_len=256), []
+    asked = []
 
     def fake(variant, tok, dialogs, temperature, seed):
         asked.append((variant, temperature, len(dialogs)))
