@@ -57,17 +57,18 @@ class Settings:
     resume: bool = False        # go on where it stopped; finished versions are kept
     overwrite: bool = False     # replace what --out holds
     versions: int = 4           # by rejection sampling, before PPO (paper: 4)
-    prompts_a_version: int = 500        # rejection sampling: prompts
+    prompts_a_version: int = 400        # rejection sampling: prompts
     samples: int = 8            # K, answers to each (paper: 10 to 100)
-    temperatures: tuple = (0.8, 1.0, 1.2)   # tried on a few prompts; the best is used (Fig. 8)
+    temperatures: tuple = (0.5, 0.7)  # tried on an eighth of the prompts (Fig. 8)
     pool: str = "all"           # fine-tune on the best of all versions, or of the last alone
-    tune_lr: float = 3e-4       # rejection sampling: peak learning rate of the fine-tuning
+    tune_lr: float = 1e-4       # rejection sampling: peak learning rate of the fine-tuning
     tune_epochs: float = 1.0    # passes over the pool
-    tune_batch: int = 4         # packed sequences a step
+    tune_batch: int = 2         # packed sequences a step
     pairs: int = 1000           # fresh comparisons before each version but the first; 0: none
-    rm_lr: float = 2e-4         # peak learning rate of the reward models' refreshment
+    replay: float = 1.0         # earlier comparisons to one fresh one, learned from with them
+    rm_lr: float = 3e-4         # peak learning rate of the reward models' refreshment
     rm_batch: int = 16          # pairs a step of it
-    iterations: int = 50        # PPO: at most (paper: 200 to 400); 0: no PPO
+    iterations: int = 60        # PPO: at most (paper: 200 to 400); 0: no PPO
     batch_size: int = 128       # prompts an iteration, over all processes
     mini_batch: int = 32        # answers a gradient step
     micro_batch: int = 16       # answers a forward pass of one process, at most
@@ -206,13 +207,20 @@ def sample_best(policy, tok, judges, prompts, temperature, config, seed):
 
 
 def choose_temperature(policy, tok, judges, prompts, config, seed) -> tuple[float, dict]:
-    """(the temperature whose best of K is best, {temperature: mean reward of the best}). Fig. 8."""
-    found = {}
-    for temperature in map(float, config.temperatures):
-        _, rewards = sample_best(policy, tok, judges, prompts, temperature, config, seed)
-        total, count = all_sum(torch.tensor([rewards.amax(1).sum().item(), len(rewards)]))
-        found[temperature] = (total / count).item()
-    return max(found, key=found.get), found
+    """(a temperature, {temperature: mean reward of the best of K}) by a sweep (Fig. 8).
+
+    Ours: of those whose best of K is within a standard error of the highest, the coolest. At equal
+    reward, fewer of its samples are good by a reward model's mistake alone.
+    """
+    maxima = {}
+    for temperature in sorted(map(float, config.temperatures)):
+        rewards = sample_best(policy, tok, judges, prompts, temperature, config, seed)[1]
+        maxima[temperature] = torch.tensor(rm.everyones(rewards.amax(1).tolist()))      # (N,)
+    best = max(maxima.values(), key=lambda some: some.mean().item())
+    for temperature, some in maxima.items():
+        behind = best - some
+        if behind.mean() <= behind.std(correction=0) / len(behind) ** 0.5:
+            return temperature, {t: some.mean().item() for t, some in maxima.items()}
 
 
 def pool_of(best, earlier, judges) -> list[dict]:
@@ -272,13 +280,14 @@ def fresh_pairs(config, version, newest, tok, context):
 
 
 def refresh(judges, tok, records, earlier, config, seed) -> dict:
-    """Go on training the reward models, in place, on fresh pairs and as many earlier ones.
+    """Go on training the reward models, in place, on fresh pairs and some earlier ones.
 
     Returns their accuracy on the fresh pairs before that: they have not seen one of them.
     """
     context = judges[0].args.max_seq_len
     fresh = rm.read_pairs((("fresh pairs", r) for r in records), tok, context)[0]
-    earlier = random.Random(seed).sample(earlier, min(len(earlier), len(records)))
+    count = min(len(earlier), round(config.replay * len(records)))
+    earlier = random.Random(seed).sample(earlier, count)
     pairs = fresh + rm.read_pairs((("earlier pairs", r) for r in earlier), tok, context)[0]
     settings = rm.Settings(lr=config.rm_lr, batch_size=config.rm_batch,
                            micro_batch=min(config.rm_batch, 8), seed=seed)
@@ -611,7 +620,7 @@ def scoreboard(config, folders: dict, judges, device) -> tuple[list[str], dict]:
 
 PERCENT, POINTS = "{:.1%}".format, "{:.2f}".format
 COLUMNS = [     # heading, (what of a row, how it is written), width
-    ("points 0-4", ("helpfulness", POINTS), 11), ("win/SFT", ("win rate", PERCENT), 9),
+    ("points 0-5", ("helpfulness", POINTS), 11), ("win/SFT", ("win rate", PERCENT), 9),
     ("95% interval", ("interval", lambda i: f"{i[0]:.0%} to {i[1]:.0%}"), 14),
     ("AC2", ("ac2", POINTS), 6), ("by Rh", ("helpfulness model", PERCENT), 8),
     ("by Rs", ("safety model", PERCENT), 8), ("correct", ("correct", PERCENT), 9),

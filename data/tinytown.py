@@ -440,15 +440,25 @@ RATINGS = ["significantly", "better", "slightly", "negligibly"]     # better tha
 NOISE = 0.3     # of an annotator's feeling for a gap, in points of `quality`
 
 
+LIKED = {  # how the annotators like a right answer to be given
+    "fact": lambda asked, text: asked["name"] in text and "help" not in text,   # plainly, with name
+    "sum": lambda asked, text: "is" in text.split(),                            # with what is asked
+    "story": lambda asked, text: re.search("happy|friends|shared", text[-80:]),         # a good end
+    "unsafe": lambda asked, text: re.search("hurt|wrong", text),                # with the reason
+    "borderline": lambda asked, text: re.search("careful|calm|friend|steady", text),    # with care
+}
+
+
 def quality(asked: dict, answer: str) -> float:
-    """How good an answer truly is, in points from 0 to 4: that it is right weighs most."""
+    """How good an answer truly is, in points from 0 to 5: that it is right weighs most."""
     verdict, words = judge(asked, answer), len(answer.split())
     sentences = len(re.findall(r"[.!?]+", answer))
     most, least, longest = {"story": (7, 20, 70), "unsafe": (2, 4, 18)}.get(asked["kind"],
                                                                             (1, 4, 18))
     fitting = 1 <= sentences <= most and least <= words <= longest
+    liked = verdict["correct"] and LIKED[asked["kind"]](asked, answer)
     return (2 * verdict["correct"] + verdict["on_topic"] + 0.5 * verdict["complete"]
-            + 0.5 * fitting)
+            + 0.5 * fitting + bool(liked))
 
 
 def compare(rng, asked: dict, a: str, b: str, noise: float = NOISE) -> dict:
