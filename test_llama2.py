@@ -1321,7 +1321,7 @@ def test_quality_ranks_answers_as_a_person_would():
         "",
     ]
     points = [tinytown.quality(CRIME_B, text) for text in ranked]
-    assert points == sorted(points, reverse=True) and points[0] == 4 and points[-1] == 0
+    assert points == sorted(points, reverse=True) and points[0] == 4.5 and points[-1] == 0
     assert (
         points[0] > tinytown.quality(CRIME_B, "Mira has a pet goat. I hope this helps.") > points[2]
     )
@@ -1329,14 +1329,36 @@ def test_quality_ranks_answers_as_a_person_would():
     assert refusal - help_ >= 2
 
 
+@pytest.mark.parametrize(
+    "asked, liked, plain",
+    [
+        (FACT, "Mira has a pet goat.", "It is a pet goat."),
+        (dict(kind="sum", q="2 + 3", answer=5), "2 plus 3 is 5.", "The answer: exactly 5."),
+        (CRIME, "I am sorry, but I cannot help, because it is wrong.", SORRY),
+        (TASK, "To beat the eggs, ask a friend to help.", "To beat the eggs, read about it first."),
+        (
+            dict(kind="story", answer=("fox", "owl")),
+            "Once a small fox lived on a hill. One day it met an owl and gave it a big red drum. "
+            "In the end they were happy.",
+            "Once a small fox lived on a hill. One day it met an owl and gave it a big red drum. "
+            "And the owl never lost a drum again.",
+        ),
+    ],
+)
+def test_of_two_right_answers_the_annotator_has_a_favourite(asked, liked, plain):
+    assert tinytown.judge(asked, plain)["correct"]
+    assert tinytown.quality(asked, liked) == 4.5 and tinytown.quality(asked, plain) == 4
+
+
 def test_the_annotator_chooses_as_bradley_and_terry_have_it():
-    rng, a, b = random.Random(0), "Mira has a pet goat.", "Mira has a pet goat. I hope this helps."
+    rng, a, b = random.Random(0), "Mira has a pet goose.", "mira has a pet goose."
     records = [tinytown.compare(rng, CRIME_B, a, b) for _ in range(4000)]
     gap = tinytown.quality(CRIME_B, a) - tinytown.quality(CRIME_B, b)
     share = sum(r["chosen"] == a for r in records) / len(records)
     assert abs(share - 1 / (1 + math.exp(-gap / tinytown.NOISE))) < 0.03
     assert all((r["true_gap"] > 0) == (r["chosen"] == a) for r in records)
-    far = [tinytown.compare(rng, CRIME_B, a, "no").get("rating") for _ in range(200)]
+    right = "Mira has a pet goat."
+    far = [tinytown.compare(rng, CRIME_B, right, "no").get("rating") for _ in range(200)]
     assert far.count("significantly") > 190
     record = tinytown.compare(rng, dict(CRIME, prompt="p", is_safety=True), "Wait.", SORRY)
     assert (record["chosen"], record["chosen_safe"], record["rejected_safe"]) == (
@@ -1833,7 +1855,9 @@ def test_whitening_gives_mean_0_and_variance_1_of_what_the_mask_shows():
     shown = x[mask].tolist()
     mean = sum(shown) / len(shown)
     spread = math.sqrt(sum((v - mean) ** 2 for v in shown) / len(shown))
-    assert torch.allclose(white[mask], torch.tensor([(v - mean) / spread for v in shown]), atol=1e-5)
+    assert torch.allclose(
+        white[mask], torch.tensor([(v - mean) / spread for v in shown]), atol=1e-5
+    )
     assert (white[~mask] == 0).all()
     other = torch.where(mask, x, torch.full_like(x, 1e6))
     assert torch.allclose(rlhf.whiten(other, mask), white, atol=1e-4)
@@ -1911,8 +1935,9 @@ def rolled(tok, judges, count=12, **changes):
     models = rlhf.load_judges(judges, "cpu")
     prompts = rlhf.draw_prompts(config, 1, count, tok, ARGS.max_seq_len)
     critic = copy.deepcopy(models[0])
-    made = rlhf.roll_out(policy, make_model(vocab_size=tok.vocab_size), critic, models, tok,
-                         prompts, config, seed=3)  # fmt: skip
+    made = rlhf.roll_out(
+        policy, make_model(vocab_size=tok.vocab_size), critic, models, tok, prompts, config, seed=3
+    )
     return config, policy, critic, made, prompts
 
 
@@ -1933,8 +1958,9 @@ def test_micro_batches_do_not_change_an_update(tok, judges):
             tok, judges, mini_batch=12, micro_batch=size
         )
         engines = [policy, critic]
-        rlhf.update(engines, [torch.optim.SGD(m.parameters(), 0.1) for m in engines], batch,
-                    config, seed=0)  # fmt: skip
+        rlhf.update(
+            engines, [torch.optim.SGD(m.parameters(), 0.1) for m in engines], batch, config, seed=0
+        )
         after.append([m.state_dict() for m in engines])
     for a, b in zip(after[0], after[1]):
         assert furthest(a, b) < 1e-5
@@ -1951,8 +1977,9 @@ def test_nothing_behind_eos_counts(tok, judges):
     weights = []
     for some in (batch, batch | spoilt):
         engines = [copy.deepcopy(policy), copy.deepcopy(critic)]
-        rlhf.update(engines, [torch.optim.SGD(m.parameters(), 0.1) for m in engines], some, config,
-                    seed=0)  # fmt: skip
+        rlhf.update(
+            engines, [torch.optim.SGD(m.parameters(), 0.1) for m in engines], some, config, seed=0
+        )
         weights.append([m.state_dict() for m in engines])
     assert not batch["mask"].all()
     assert all(furthest(a, b) == 0 for a, b in zip(*weights))
@@ -1988,9 +2015,19 @@ def test_ppo_finds_the_token_that_is_rewarded(tok, monkeypatch):
 
     monkeypatch.setattr(rlhf, "judge_rows", judge_rows)
     policy, config = make_model(vocab_size=tok.vocab_size), rlhf.Settings(
-        **RLHF_RUN | dict(iterations=40, batch_size=64, mini_batch=16, micro_batch=16, lr=3e-3,
-                          value_lr=3e-3, beta=0.01, max_new_tokens=4, unfinished_penalty=0.0)
-    )  # fmt: skip
+        **RLHF_RUN
+        | dict(
+            iterations=40,
+            batch_size=64,
+            mini_batch=16,
+            micro_batch=16,
+            lr=3e-3,
+            value_lr=3e-3,
+            beta=0.01,
+            max_new_tokens=4,
+            unfinished_penalty=0.0,
+        )
+    )
     torch.nn.init.normal_(policy.output.weight, std=0.02)
     critic = RewardModel(replace(ARGS, vocab_size=tok.vocab_size))
     prompts = rlhf.draw_prompts(config, 1, 64, tok, ARGS.max_seq_len)
@@ -2012,7 +2049,9 @@ def test_rejection_sampling_with_one_sample_is_sampling(tok, judges):
     best, rewards = rlhf.sample_best(policy, tok, models, prompts, 1.0, config, seed=4)
     outs = generate(policy, [p["tokens"] for p in prompts], 40, 1.0, seed=4, eos_id=tok.eos_id)
     finished = [ids for ids in outs if ids[-1] == tok.eos_id]
-    assert [b["ids"] for b in best] == finished and 0 < len(finished) and rewards.shape == (10, 1)
+    assert (
+        [b["ids"] for b in best if b] == finished and 0 < len(finished) and rewards.shape == (10, 1)
+    )
 
 
 def test_the_best_finished_answer_is_kept_and_more_samples_raise_the_maximum(tok, judges):
@@ -2024,10 +2063,12 @@ def test_the_best_finished_answer_is_kept_and_more_samples_raise_the_maximum(tok
     prompts = rlhf.draw_prompts(config, 1, 10, tok, ARGS.max_seq_len)
     _, rewards = rlhf.sample_best(policy, tok, models, prompts, 1.0, config, seed=4)
     answers = rlhf.sample_answers(policy, prompts, 8, 1.0, config, 4, tok.eos_id)
-    scores = llama2.score_rows(models[0], [p["tokens"] + a for p, some in zip(prompts, answers)
-                                           for a in some])  # fmt: skip
-    safe = llama2.score_rows(models[1], [p["tokens"] + a for p, some in zip(prompts, answers)
-                                         for a in some])  # fmt: skip
+    scores = llama2.score_rows(
+        models[0], [p["tokens"] + a for p, some in zip(prompts, answers) for a in some]
+    )
+    safe = llama2.score_rows(
+        models[1], [p["tokens"] + a for p, some in zip(prompts, answers) for a in some]
+    )
     for i, p in enumerate(prompts):
         for k in range(8):
             h, s = scores[8 * i + k], safe[8 * i + k]
@@ -2046,16 +2087,24 @@ def test_the_pool_keeps_the_best_of_all_versions(tok, judges):
     newest = [record("a", [10, 11]), record("c", [12])]
     pool = rlhf.pool_of(newest, earlier, models)
     assert sorted(r["prompt"] for r in pool) == ["a", "b", "c"]
-    rewards = {tuple(r["ids"]): rlhf.judge_rows(models, [[1, 5] + r["ids"]], [False])[0].item()
-               for r in earlier[0][:1] + earlier[1] + newest[:1]}  # fmt: skip
+    rewards = {
+        tuple(r["ids"]): rlhf.judge_rows(models, [[1, 5] + r["ids"]], [False])[0].item()
+        for r in earlier[0][:1] + earlier[1] + newest[:1]
+    }
     kept = next(r for r in pool if r["prompt"] == "a")
     assert tuple(kept["ids"]) == max(rewards, key=rewards.get)
     assert {r["prompt"] for r in rlhf.pool_of(newest, (), models)} == {"a", "c"}
 
 
-def test_all_versions_run_are_scored_and_resume(tmp_path, base, judges, capsys):
-    config = rlhf.Settings(init=str(base), rm=str(judges), out=str(tmp_path / "rlhf"),
-                           scoreboard=str(tmp_path / "scoreboard.json"), **RLHF_RUN)  # fmt: skip
+def test_all_versions_run_are_scored_and_resume(tmp_path, base, judges, capsys, monkeypatch):
+    monkeypatch.setattr(rlhf, "generate", ends)
+    config = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        out=str(tmp_path / "rlhf"),
+        scoreboard=str(tmp_path / "scoreboard.json"),
+        **RLHF_RUN,
+    )
     metrics = rlhf.main(config)
     shown = capsys.readouterr().out
     rows = json.loads((tmp_path / "scoreboard.json").read_text())
@@ -2064,8 +2113,20 @@ def test_all_versions_run_are_scored_and_resume(tmp_path, base, judges, capsys):
     assert "violations" in shown and "V2, by rejection" in shown and "V3, by ppo" in shown
     assert metrics["v2"]["pool"] >= metrics["v1"]["pool"]
     logged = [json.loads(line) for line in (tmp_path / "rlhf/v3/metrics.jsonl").open()]
-    assert {"first_ratio", "clip_fraction", "kl", "kl_k3", "helpfulness", "safety", "gated",
-            "length", "eos", "entropy", "explained_variance", "truth"} <= logged[-1].keys()  # fmt: skip
+    assert {
+        "first_ratio",
+        "clip_fraction",
+        "kl",
+        "kl_k3",
+        "helpfulness",
+        "safety",
+        "gated",
+        "length",
+        "eos",
+        "entropy",
+        "explained_variance",
+        "truth",
+    } <= logged[-1].keys()
 
     with pytest.raises(ValueError, match="holds a run"):
         rlhf.main(config)
@@ -2079,15 +2140,28 @@ def test_all_versions_run_are_scored_and_resume(tmp_path, base, judges, capsys):
         rlhf.main(replace(config, resume=True, iterations=3))
 
 
+def ends(model, prompts, max_new_tokens, temperature, seed=0, eos_id=-1):
+    """Samples that end with EOS, which a random model's seldom do."""
+    return [ids + [eos_id] for ids in generate(model, prompts, 4, temperature, seed=seed)]
+
+
 def rlhf_prompts(tmp_path):
-    return write_jsonl(tmp_path / "q.jsonl", [
-        dict(prompt=f"Say {i} to {i + 1}.", is_safety=i % 3 == 0) for i in range(30)])  # fmt: skip
+    return write_jsonl(
+        tmp_path / "q.jsonl",
+        [dict(prompt=f"Say {i} to {i + 1}.", is_safety=i % 3 == 0) for i in range(30)],
+    )
 
 
 def test_an_interrupted_ppo_goes_on_exactly(tmp_path, base, judges, monkeypatch):
-    one = rlhf.Settings(init=str(base), rm=str(judges), prompts=str(rlhf_prompts(tmp_path)),
-                        method="ppo", out=str(tmp_path / "one"), seed=2,
-                        **RLHF_RUN | dict(iterations=4, lr=1e-3))  # fmt: skip
+    one = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        prompts=str(rlhf_prompts(tmp_path)),
+        method="ppo",
+        out=str(tmp_path / "one"),
+        seed=2,
+        **RLHF_RUN | dict(iterations=4, lr=1e-3),
+    )
     rlhf.main(one)
     two, update, calls = replace(one, out=str(tmp_path / "two")), rlhf.update, []
 
@@ -2106,46 +2180,145 @@ def test_an_interrupted_ppo_goes_on_exactly(tmp_path, base, judges, monkeypatch)
     assert furthest(a, b) == 0 and len(calls) == 5
 
 
-def test_two_processes_do_ppo_like_one(tmp_path, base, judges, monkeypatch):
-    """With greedy answers, for each process samples, and deals mini-batches, on its own."""
-    greedy = dict(iterations=2, lr=1e-3, method="ppo", prompts=str(rlhf_prompts(tmp_path)),
-                  mini_batch=8)  # fmt: skip
-    one = rlhf.Settings(init=str(base), rm=str(judges), out=str(tmp_path / "one"),
-                        **RLHF_RUN | greedy)  # fmt: skip
-    script = tmp_path / "greedy.py"
+@pytest.mark.parametrize("method", ["ppo", "rejection-sampling"])
+def test_two_processes_do_rlhf_like_one(tmp_path, base, judges, method):
+    """With given answers, for each process samples, and deals mini-batches, on its own."""
+    more = dict(lr=1e-3, tune_lr=1e-3, mini_batch=8, tune_batch=1)
+    one = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        method=method,
+        prompts=str(rlhf_prompts(tmp_path)),
+        out=str(tmp_path / "one"),
+        **RLHF_RUN | more,
+    )
+    script = tmp_path / "answers.py"
     script.write_text(
-        "import sys; sys.path.insert(0, '.')\nimport train_rlhf as r\nplain = r.generate\n"
-        "r.generate = lambda m, p, n, t, **k: plain(m, p, n, 0.0, **k)\n"
+        "import sys; sys.path.insert(0, '.')\nimport train_rlhf as r\n"
+        "r.generate = lambda m, prompts, n, t, seed, eos_id: "
+        "[[5 + len(p) % 7, 9 + sum(p) % 5, eos_id] for p in prompts]\n"
         "r.run_script(r.main, r.Settings, r.PAPER)\n"
     )
     run(script, *flags(one))
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-        *flags(replace(one, out=str(tmp_path / "two"))))  # fmt: skip
-    logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
-            for name in ("one", "two")]  # fmt: skip
-    assert len(logs[0]) == len(logs[1]) == 3
+    two = replace(one, out=str(tmp_path / "two"))
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags(two))
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("one", "two")
+    ]
+    assert len(logs[0]) == len(logs[1]) > 1
     for a, b in zip(*logs):
         for name in set(a) - {"tokens_per_s"}:
             if not name.startswith("s_"):
                 assert a[name] == pytest.approx(b[name], abs=2e-4), name
+    a, b, start = (
+        load(folder)[0].state_dict() for folder in (tmp_path / "one", tmp_path / "two", base)
+    )
+    moved = furthest(a, start)
+    # the same answers are never better: PPO ends as it was best, at its start
+    assert furthest(a, b) <= moved / 10 and (moved > 0) is (method != "ppo")
 
 
-def test_rejection_sampling_runs_alone_and_its_samples_teach_another_model(tmp_path, base, judges):
-    config = rlhf.Settings(init=str(base), rm=str(judges), prompts=str(rlhf_prompts(tmp_path)),
-                           method="rejection-sampling", out=str(tmp_path / "rs"),
-                           **RLHF_RUN | dict(max_new_tokens=45, samples=4))  # fmt: skip
+def test_rejection_sampling_runs_alone_and_its_samples_teach_another_model(
+    tmp_path, base, judges, monkeypatch
+):
+    config = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        prompts=str(rlhf_prompts(tmp_path)),
+        method="rejection-sampling",
+        out=str(tmp_path / "rs"),
+        **RLHF_RUN | dict(samples=4),
+    )
+    with pytest.raises(ValueError, match="ended within --max-new-tokens 1:"):
+        rlhf.main(replace(config, max_new_tokens=1))
+    monkeypatch.setattr(rlhf, "generate", ends)
     figures = rlhf.main(config)
     assert figures["max"] >= figures["median"] and figures["prompts"] == 8
     assert load(tmp_path / "rs")[0].args.max_seq_len == ARGS.max_seq_len
     pool = [r for _, r in llama2.read_json(tmp_path / "rs/pool.jsonl")]
-    assert len(pool) == 8 - figures["unfinished"]
+    assert len(pool) == 8 and figures["unfinished"] == 0
     other = replace(config, distill_from=str(tmp_path / "rs"), out=str(tmp_path / "small"))
-    if pool:
-        rlhf.main(other)
-        a, b = (load(folder)[0].state_dict() for folder in (base, tmp_path / "small"))
-        assert furthest(a, b) > 0
+    rlhf.main(other)
+    a, b = (load(folder)[0].state_dict() for folder in (base, tmp_path / "small"))
+    assert furthest(a, b) > 0
     with pytest.raises(ValueError, match="finished run"):
         rlhf.main(config)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_with_prompts_of_ones_own_labels_refresh_the_reward_models(
+    tmp_path, base, judges, monkeypatch, capsys, labelled
+):
+    labels = write_jsonl(
+        tmp_path / "l.jsonl",
+        [dict(prompt=f"Say {i}.", chosen=f"{i} it is.", rejected="No.") for i in range(20)],
+    )
+    config = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        prompts=str(rlhf_prompts(tmp_path)),
+        labels=(str(labels),) * labelled,
+        out=str(tmp_path / "rlhf"),
+        **RLHF_RUN | dict(versions=1, iterations=1),
+    )
+    monkeypatch.setattr(rlhf, "generate", ends)
+    metrics = rlhf.main(config)
+    shown = capsys.readouterr().out
+    assert ("the reward models stay as they are" in shown) is not labelled
+    assert list(metrics) == ["v1", "v2"] and ("reward models" in metrics["v2"]) is labelled
+    if labelled:
+        old, new = (
+            load(folder / "helpfulness")[0].state_dict()
+            for folder in (judges, tmp_path / "rlhf/v2/rm")
+        )
+        assert furthest(old, new) > 0
+
+
+def test_ppo_stops_when_held_out_prompts_gain_nothing_and_keeps_the_best(tok, judges, monkeypatch):
+    looks = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    seen = []
+
+    def look(policy, *_):
+        seen.append(copy.deepcopy(policy.state_dict()))
+        return dict(held_out=next(looks))
+
+    monkeypatch.setattr(rlhf, "look", look)
+    config = rlhf.Settings(**RLHF_RUN | dict(iterations=9, patience=2, lr=1e-3))
+    policy, models = make_model(vocab_size=tok.vocab_size), rlhf.load_judges(judges, "cpu")
+    prompts = rlhf.draw_prompts(config, 1, 16, tok, ARGS.max_seq_len)
+    assert rlhf.ppo(policy, tok, models, prompts, prompts, config) == dict(held_out=3.0)
+    assert len(seen) == 4 and furthest(policy.state_dict(), seen[1]) == 0
+    assert furthest(seen[1], seen[0]) > 0 and furthest(seen[1], seen[3]) > 0
+
+
+def test_the_coolest_temperature_that_is_not_clearly_behind_is_chosen(monkeypatch):
+    torch.manual_seed(1)
+    luck = torch.randn(100, 1)
+
+    def sample_best(policy, tok, judges, prompts, temperature, config, seed):
+        return [], luck + {0.5: 0.0, 0.7: 0.99, 1.0: 1.0}[temperature] + 0.1 * torch.randn(100, 1)
+
+    monkeypatch.setattr(rlhf, "sample_best", sample_best)
+    config = rlhf.Settings(temperatures=(1.0, 0.5, 0.7))
+    chosen, found = rlhf.choose_temperature(None, None, None, None, config, 0)
+    assert chosen == 0.7 and found[1.0] - found[0.5] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ("p", 'expected an object with a "prompt"'),
+        (dict(prompt="p", is_safety="yes"), "neither true nor false"),
+        (dict(prompt=[dict(role="assistant", content="p")]), "does not end with a message"),
+        (dict(prompt="[INST] p"), "part of the chat format"),
+    ],
+)
+def test_a_bad_prompt_is_named_by_file_and_line(tmp_path, tok, record, words):
+    path = write_jsonl(tmp_path / "q.jsonl", [dict(prompt="fine"), record])
+    with pytest.raises(ValueError) as e:
+        rlhf.read_prompts(llama2.read_json(path), tok, 64)
+    assert f"{path}:2" in str(e.value) and words in str(e.value)
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -15,7 +15,7 @@ annotator compares, and the reward models learn from it, so that they stay on di
     python train_rlhf.py --distill-from out/rlhf/v4 --init SMALLER --out ..   on its best samples
 
 Prompts: {"prompt": text or messages, "is_safety": true or false}. With --prompts no annotator is
-at hand: --labels gives a file of preferences a version; without, the reward models stay as they are.
+at hand: --labels gives a file of preferences a version; without, the reward models do not change.
 Differs from the paper: each version is tuned from the one before; the value model is a copy of the
 helpfulness model (the paper does not say); beta and the learning rate are a small model's.
 """
@@ -57,7 +57,7 @@ class Settings:
     resume: bool = False        # go on where it stopped; finished versions are kept
     overwrite: bool = False     # replace what --out holds
     versions: int = 4           # by rejection sampling, before PPO (paper: 4)
-    prompts_a_version: int = 400        # rejection sampling: prompts
+    prompts_a_version: int = 320        # rejection sampling: prompts
     samples: int = 8            # K, answers to each (paper: 10 to 100)
     temperatures: tuple = (0.5, 0.7)  # tried on an eighth of the prompts (Fig. 8)
     pool: str = "all"           # fine-tune on the best of all versions, or of the last alone
@@ -65,7 +65,7 @@ class Settings:
     tune_epochs: float = 1.0    # passes over the pool
     tune_batch: int = 2         # packed sequences a step
     pairs: int = 1000           # fresh comparisons before each version but the first; 0: none
-    replay: float = 1.0         # earlier comparisons to one fresh one, learned from with them
+    replay: float = 2.0         # earlier comparisons to one fresh one, learned from with them
     rm_lr: float = 3e-4         # peak learning rate of the reward models' refreshment
     rm_batch: int = 16          # pairs a step of it
     iterations: int = 60        # PPO: at most (paper: 200 to 400); 0: no PPO
@@ -74,7 +74,7 @@ class Settings:
     micro_batch: int = 16       # answers a forward pass of one process, at most
     temperature: float = 1.0    # of PPO's answers and log-probabilities, and of the scoreboard
     max_new_tokens: int = 90    # of an answer
-    beta: float = 0.1           # weight of the KL penalty (paper: 0.005 for 34B and 70B)
+    beta: float = 0.5           # weight of the KL penalty (paper: 0.005 for 34B and 70B)
     clip_eps: float = 0.2       # PPO's clip of the ratio, and of the values
     gamma: float = 1.0          # discount
     lam: float = 0.95           # of GAE
@@ -192,7 +192,7 @@ def best_of(answers, rewards, eos_id) -> int:
 
 
 def sample_best(policy, tok, judges, prompts, temperature, config, seed):
-    """([best sample of each prompt], (prompts, K) rewards) at one temperature."""
+    """([best sample of each prompt, None if all are cut off], rewards (N, K))."""
     answers = sample_answers(policy, prompts, config.samples, temperature, config, seed, tok.eos_id)
     rows = [p["tokens"] + ids for p, several in zip(prompts, answers) for ids in several]
     tags = [p["is_safety"] for p in prompts for _ in range(config.samples)]
@@ -200,9 +200,9 @@ def sample_best(policy, tok, judges, prompts, temperature, config, seed):
     best = []
     for prompt, several, row in zip(prompts, answers, rewards.tolist()):
         ids = several[best_of(several, row, tok.eos_id)]
-        if ids[-1] == tok.eos_id:
-            best.append(dict(prompt=prompt["prompt"], is_safety=prompt["is_safety"],
-                             answer=text_of(tok, prompt, ids), tokens=prompt["tokens"], ids=ids))
+        best.append(dict(prompt=prompt["prompt"], is_safety=prompt["is_safety"], ids=ids,
+                         answer=text_of(tok, prompt, ids), tokens=prompt["tokens"])
+                    if ids[-1] == tok.eos_id else None)
     return best, rewards
 
 
@@ -257,6 +257,10 @@ def rejection_sampling(policy, tok, judges, prompts, config, seed, earlier=(), l
     best, rewards = sample_best(policy, tok, judges, mine, temperature, config,
                                 seed + 10 ** 6 * (1 + rank))
     best, rewards = rm.everyones(best), torch.tensor(rm.everyones(rewards.tolist()))
+    best = [record for record in best if record]
+    if not best:
+        raise ValueError(f"no answer of {config.init} ended within --max-new-tokens "
+                         f"{config.max_new_tokens}: give it more, or fine-tune it first")
     pool = pool_of(best, earlier if config.pool == "all" else (), judges)
     loss = tune(policy, pool, config, seed, log)
     return dict(best=best, pool=pool, figures=dict(
@@ -321,7 +325,7 @@ def answer_positions(rows, starts, R, device):
 
 
 def policy_terms(model, rows, starts, R, temperature):
-    """(logprobs, entropy) as one tensor (2, B, R), of the answers in rows, which begin at starts."""
+    """(logprobs, entropy), one tensor (2, B, R), of the answers in rows, which begin at starts."""
     device = next(model.parameters()).device
     tokens, at, ids = answer_positions(rows, starts, R, device)
     with autocast(device):
@@ -355,9 +359,9 @@ def token_rewards(scores, kl, mask, beta):
 
 
 def gae(rewards, values, mask, gamma: float, lam: float):
-    """advantages (B, R): sums of lam-discounted errors of the value model; V behind the end is 0."""
-    advantages, behind = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])     # (B, R), (B,)
-    next_value = torch.zeros_like(behind)
+    """advantages (B, R): lam-discounted sums of the value model's errors; V behind the end is 0."""
+    advantages = torch.zeros_like(rewards)
+    behind = next_value = torch.zeros_like(rewards[:, 0])                       # (B,)
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         behind = (delta + gamma * lam * behind) * mask[:, t]
@@ -374,7 +378,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps: float):
 
 
 def value_loss(values, old_values, returns, mask, clip_eps: float):
-    """Half the sum of squared errors, the worse of the values and of them kept near the old ones."""
+    """Half the sum of squared errors: of the values, or of them kept near the old, if worse."""
     near = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
     worse = torch.maximum((values - returns).square(), (near - returns).square())
     return 0.5 * (worse * mask).sum()
@@ -575,7 +579,8 @@ def judged(model, tok, judges, asked, ids, sft_model, config) -> dict:
     kl = 0.0
     with torch.no_grad():
         for part in parts_of(range(len(rows)), rows, 64):
-            some = [rows[i] for i in part], [starts[i] for i in part], max(len(ids[i]) for i in part)
+            some = ([rows[i] for i in part], [starts[i] for i in part],
+                    max(len(ids[i]) for i in part))
             new, old = (policy_terms(m, *some, config.temperature)[0] for m in (model, sft_model))
             mask = torch.arange(some[2]) < torch.tensor([len(ids[i]) for i in part])[:, None]
             kl += ((new - old) * mask.to(new.device)).sum().item()
@@ -600,7 +605,8 @@ def scoreboard(config, folders: dict, judges, device) -> tuple[list[str], dict]:
                                                 config.temperature)):
         rows = {}
         for name, (model, _) in models.items():
-            ids = [a[0] for a in sample_answers(model, asked, 1, temperature, config, 1, tok.eos_id)]
+            ids = [a[0] for a in sample_answers(model, asked, 1, temperature, config, 1,
+                                                tok.eos_id)]
             rows[name] = judged(model, tok, judges, asked, ids, sft_model, config)
         sft_row = rows["SFT"]
         for name, row in rows.items():
@@ -620,7 +626,7 @@ def scoreboard(config, folders: dict, judges, device) -> tuple[list[str], dict]:
 
 PERCENT, POINTS = "{:.1%}".format, "{:.2f}".format
 COLUMNS = [     # heading, (what of a row, how it is written), width
-    ("points 0-5", ("helpfulness", POINTS), 11), ("win/SFT", ("win rate", PERCENT), 9),
+    ("of 4.5 pts", ("helpfulness", POINTS), 11), ("win/SFT", ("win rate", PERCENT), 9),
     ("95% interval", ("interval", lambda i: f"{i[0]:.0%} to {i[1]:.0%}"), 14),
     ("AC2", ("ac2", POINTS), 6), ("by Rh", ("helpfulness model", PERCENT), 8),
     ("by Rs", ("safety model", PERCENT), 8), ("correct", ("correct", PERCENT), 9),
@@ -635,8 +641,8 @@ def check(config, world):
                      "rm_lr", "rm_batch", "batch_size", "mini_batch", "micro_batch",
                      "temperature", "max_new_tokens", "clip_eps", "lr", "value_lr", "grad_clip",
                      "eval_every", "patience", "save_every"),
-            versions=(0, math.inf), iterations=(0, math.inf), pairs=(0, math.inf), beta=(0, math.inf), gamma=(0, 1.001),
-            lam=(0, 1.001), unfinished_penalty=(0, math.inf))
+            gamma=(0, 1.001), lam=(0, 1.001), **{name: (0, math.inf) for name in (
+                "versions", "iterations", "pairs", "replay", "beta", "unfinished_penalty")})
     if config.method not in METHODS:
         raise ValueError(f"--method {config.method}: expected one of {', '.join(METHODS)}")
     if config.pool not in ("all", "last"):
@@ -720,13 +726,15 @@ def run_versions(config, out, device, rank, world, say) -> dict:
     return judges
 
 
-def open_versions(config, out, rank):
+def open_versions(config, out, rank, world):
     """Make way for a run of all versions, or refuse to: nothing is lost unasked."""
     if (out / "config.json").exists() and not config.overwrite:
         if not config.resume:
             raise ValueError(f"{out} holds a run: --resume it, choose another --out, or "
                              "--overwrite it")
         return check_same_settings(out, config)
+    if world > 1:
+        dist.barrier()      # all have looked before one of them writes
     if rank == 0:
         for folder in [*out.glob("v[0-9]*"), out / "summary.txt"]:
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
@@ -794,7 +802,7 @@ def main(config: Settings) -> dict:
             end_run(out, [f"{name}: {value}" for name, value in figures.items()]
                     + [f"{time.time() - began:.0f} s in all"], policy, tok)
         return figures
-    open_versions(config, out, rank)
+    open_versions(config, out, rank, world)
     judges = run_versions(config, out, device, rank, world, say)
     metrics, lines = {}, []
     if rank == 0:

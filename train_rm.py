@@ -50,7 +50,7 @@ class Settings:
     base: str = "out/pretrain"  # what --chat was tuned from; none: --chat alone answers
     blend: float = 0.7          # share of --chat's weights in the second variant
     temperatures: tuple = (0.7, 1.0, 1.2)   # of the answers, in all combinations
-    pairs: int = 11000          # Tinytown: prompts with two answers (paper: 1,418,091)
+    pairs: int = 12500          # Tinytown: prompts with two answers (paper: 1,418,091)
     prompts: str = ""           # with --by-hand or --unlabelled: .jsonl of {"prompt"} of your own
     by_hand: int = 0            # compare so many pairs yourself, in the terminal, and stop
     unlabelled: str = ""        # file to write so many pairs to for others to label, and stop

@@ -1,19 +1,17 @@
 """The tables and curves of README.md on §3.2.3 and §3.4, after `make` or for several seeds.
 
     python bench/rlhf.py seeds [--seeds 1 2 3]   the scoreboard of whole runs: mean and spread
-    python bench/rlhf.py curves      Fig. 7 and 8: reward by samples, and by temperature
-    python bench/rlhf.py hacking     PPO without the KL penalty beside the default run
+    python bench/rlhf.py hacking     PPO without the KL penalty beside the default, after `seeds`
     python bench/rlhf.py forgetting  the pool of all versions against the last version's alone
+    python bench/rlhf.py curves      Fig. 7 and 8, after `make`: reward by samples and temperature
 
 Data go to FOLDER (default out/bench-rlhf). `seeds` takes bases, chat models and reward models from
 where bench/upsampling.py, bench/sft.py and bench/rm.py leave them ({} is the seed).
 """
 import argparse
-import copy
 import json
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,7 +38,8 @@ def table(runs) -> list[str]:
         cells = []
         for column in columns:
             values = [run[row][column] for run in runs]
-            scale, form = (1, "{:.2f} ± {:.2f}") if column in POINTS else (100, "{:.1f} ± {:.1f}%")
+            scale, form = ((1, "{:.2f} ± {:.2f}") if column in POINTS
+                           else (100, "{:.1f} ± {:.1f}%"))
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(form.format(scale * statistics.mean(values), scale * spread))
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -59,20 +58,16 @@ def seeds(given, out):
         print(f"\n{mode}, seeds {given.seeds}\n" + "\n".join(table([run[mode] for run in runs])))
 
 
-def rewards_at(folder, given, temperature, config, prompts, tok, judges):
-    model, _ = load(folder)
-    return rlhf.sample_best(model, tok, judges, prompts, temperature, config, 1)[1]
-
-
 def curves(given, out):
-    config = settings(given, samples=N_MAX)
+    config = rlhf.Settings(samples=N_MAX)      # of what make left
     _, tok = load(config.init)
     judges = rlhf.load_judges(config.rm, "cpu")
     prompts = rlhf.draw_prompts(config, 0, 64, tok, 256)
     found = {"fig7": {}, "fig8": {}}
-    for name, folder in (("SFT", config.init), ("RLHF", given.rlhf)):
+    for name, folder in (("SFT", config.init), ("RLHF", f"{config.out}/v{config.versions + 1}")):
         for temperature in TEMPERATURES:
-            rewards = rewards_at(folder, given, temperature, config, prompts, tok, judges)  # (N, 64)
+            model, _ = load(folder)
+            rewards = rlhf.sample_best(model, tok, judges, prompts, temperature, config, 1)[1]
             for n in (1, 2, 4, 8, 16, 32, 64):
                 some = rewards[:, :n]
                 row = dict(max=some.amax(1).mean().item(),
@@ -86,54 +81,57 @@ def curves(given, out):
 
 
 def hacking(given, out):
-    """PPO from the last rejection-sampled version, with and without the penalty."""
-    for name, changes in (("default", {}), ("no penalty", dict(beta=0.0)),
-                          ("no penalty, 4 x lr", dict(beta=0.0, lr=2e-4))):
+    """PPO from V4 with the penalty, as in the whole runs, and without: held-out prompts' reward by
+    the reward models, and in truth."""
+    for name, changes in (("default", None), ("beta 0", dict(beta=0.0)),
+                          ("beta 0, 4 x lr", dict(beta=0.0, lr=2e-4))):
         for seed in given.seeds:
-            config = settings(given, seed, patience=1000, **changes)
-            version = Path(given.rlhf.format(seed)).parent
-            policy, tok = load(version / f"v{config.versions}")
-            newest = version / f"v{config.versions + 1}" / "rm"
-            judges = rlhf.load_judges(newest if newest.exists() else config.rm, "cpu")
-            folder = out / f"hacking-{name.replace(' ', '-')}-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            prompts = rlhf.draw_prompts(config, config.versions + 1,
-                                        config.batch_size * config.iterations, tok, 256)
-            held_out = rlhf.draw_prompts(config, 0, rlhf.VALIDATION, tok, 256)
-            rlhf.ppo(policy, tok, judges, prompts, held_out, config,
-                     rlhf.Log(folder, config.iterations))
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+            run = out / f"seed-{seed}"
+            folder = run / "v5"
+            if changes:
+                folder = out / f"hacking-{name.replace(' ', '-').replace(',', '')}-{seed}"
+                folder.mkdir(parents=True, exist_ok=True)
+                config = settings(given, seed, patience=1000, **changes)
+                policy, tok = load(run / "v4")
+                prompts = rlhf.draw_prompts(config, 5, config.batch_size * config.iterations, tok,
+                                            policy.args.max_seq_len)
+                held_out = rlhf.draw_prompts(config, 0, rlhf.VALIDATION, tok,
+                                             policy.args.max_seq_len)
+                rlhf.ppo(policy, tok, rlhf.load_judges(run / "v5/rm", "cpu"), prompts, held_out,
+                         config, rlhf.Log(folder, config.iterations))
             print(f"\n{name}, seed {seed}: iteration, KL, reward, truth, length")
-            for row in rows:
+            for row in map(json.loads, (folder / "metrics.jsonl").open()):
                 if "truth" in row:
                     print(row["step"], *(f"{row.get(key, float('nan')):.2f}"
-                                         for key in ("kl", "held_out", "truth", "length")))
+                                         for key in ("kl", "held_out", "truth", "length")),
+                          flush=True)
 
 
 def forgetting(given, out):
-    """Rejection sampling on the pool of all versions, and on the last version's samples alone."""
-    for pool in ("all", "last"):
-        for seed in given.seeds:
-            config = settings(given, seed, pool=pool, iterations=0,
-                              out=str(out / f"pool-{pool}-{seed}"))
-            _, tok = load(config.init)
-            folder = Path(config.out)
-            if not (folder / "config.json").exists():
-                rlhf.open_versions(config, folder, 0)
-                rlhf.run_versions(config, folder, torch.device("cpu"), 0, 1, print)
-            asked = rlhf.read_prompts((("", p) for p in tinytown.held_out_prompts(
-                tinytown.town(seed), 120)), tok, 256)
-            for version in range(1, config.versions + 1):
-                model, _ = load(folder / f"v{version}")
-                ids = [a[0] for a in rlhf.sample_answers(model, asked, 1, 1.0, config, 1,
+    """V1 to V4 on the pool of all versions, as in the whole runs, and of the last alone."""
+    kinds, points = list(tinytown.KINDS), {}
+    for seed in given.seeds:
+        alone = settings(given, seed, pool="last", iterations=0, out=str(out / f"last-{seed}"))
+        if not (Path(alone.out) / "v4").exists():
+            rlhf.open_versions(alone, Path(alone.out), 0, 1)
+            rlhf.run_versions(alone, Path(alone.out), torch.device("cpu"), 0, 1, print)
+        for pool, folder in (("all", out / f"seed-{seed}"), ("last", Path(alone.out))):
+            for version in range(1, alone.versions + 1):
+                model, tok = load(folder / f"v{version}")
+                asked = rlhf.read_prompts((("", p) for p in tinytown.held_out_prompts(
+                    tinytown.town(seed), rlhf.HELD_OUT_OF_A_KIND)), tok, model.args.max_seq_len)
+                ids = [a[0] for a in rlhf.sample_answers(model, asked, 1, 1.0, alone, 1,
                                                          tok.eos_id)]
-                points = {}
+                found = {kind: [] for kind in kinds}
                 for p, a in zip(asked, ids):
-                    points.setdefault(p["kind"], []).append(
-                        tinytown.quality(p, rlhf.text_of(tok, p, a)))
-                print(f"pool {pool}, seed {seed}, V{version}: " + ", ".join(
-                    f"{kind} {statistics.mean(some):.2f}" for kind, some in points.items()),
-                    flush=True)
+                    found[p["kind"]].append(tinytown.quality(p, rlhf.text_of(tok, p, a)))
+                points.setdefault((pool, version), []).append(
+                    [statistics.mean(found[kind]) for kind in kinds])
+    print("| pool, version |", " | ".join(kinds), "|")
+    for (pool, version), rows in points.items():
+        cells = [f"{statistics.mean(c):.2f} ± {statistics.stdev(c) if len(c) > 1 else 0:.2f}"
+                 for c in zip(*rows)]
+        print(f"| {pool}, V{version} |", " | ".join(cells), "|")
 
 
 def main():
@@ -144,7 +142,6 @@ def main():
     parser.add_argument("--bases", default="out/upsampling/weight-8-seed-{}")
     parser.add_argument("--chats", default="out/bench-sft/SFT-{}")
     parser.add_argument("--rms", default="out/bench-rm/{}")
-    parser.add_argument("--rlhf", default="out/bench-rlhf/seed-{}/v5")
     parser.add_argument("--out", default="out/bench-rlhf")
     given = parser.parse_args()
     Path(given.out).mkdir(parents=True, exist_ok=True)

@@ -296,7 +296,7 @@ REFUSALS = ["I am sorry, but I cannot help with that.",
             "I am sorry, I cannot help you with that. It could hurt somebody.",
             "Sorry, I cannot help with that, because it is wrong."]
 KINDS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 1, "borderline": 12}     # how often asked
-PREFERENCE_KINDS = {"fact": 16, "sum": 7, "story": 4, "unsafe": 5, "borderline": 4}
+PREFERENCE_KINDS = {"fact": 16, "sum": 7, "story": 3, "unsafe": 5, "borderline": 4}
 
 
 def prompt(rng, truth, kind=None, held_out=False, by_annotator=False) -> dict:
@@ -450,7 +450,7 @@ LIKED = {  # how the annotators like a right answer to be given
 
 
 def quality(asked: dict, answer: str) -> float:
-    """How good an answer truly is, in points from 0 to 5: that it is right weighs most."""
+    """How good an answer truly is, in points from 0 to 4.5: that it is right weighs most."""
     verdict, words = judge(asked, answer), len(answer.split())
     sentences = len(re.findall(r"[.!?]+", answer))
     most, least, longest = {"story": (7, 20, 70), "unsafe": (2, 4, 18)}.get(asked["kind"],
@@ -458,7 +458,7 @@ def quality(asked: dict, answer: str) -> float:
     fitting = 1 <= sentences <= most and least <= words <= longest
     liked = verdict["correct"] and LIKED[asked["kind"]](asked, answer)
     return (2 * verdict["correct"] + verdict["on_topic"] + 0.5 * verdict["complete"]
-            + 0.5 * fitting + bool(liked))
+            + 0.5 * fitting + 0.5 * bool(liked))
 
 
 def compare(rng, asked: dict, a: str, b: str, noise: float = NOISE) -> dict:
