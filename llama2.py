@@ -616,6 +616,8 @@ def run_script(main, cls, paper: dict):
     """Parse, call main(settings), and turn a user's mistake into one line and exit code 2."""
     try:
         main(parse_settings(cls, paper, sys.modules[main.__module__].__doc__))
+        if dist.is_initialized():
+            dist.barrier()      # none leaves while rank 0 still writes: that would end them all
     except (ValueError, OSError) as e:
         if isinstance(e, OSError) and e.filename is None:
             raise                               # no file of the user's: a fault to be seen whole
