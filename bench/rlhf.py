@@ -20,7 +20,12 @@ import train_rlhf as rlhf
 from data import tinytown
 from llama2 import load, write_json
 
-POINTS = {"helpfulness": 1, "length": 1, "kl": 1, "ac2": 1}     # the other columns are shares
+COLUMNS = {     # of the scoreboard -> heading; those in PLAIN are no shares
+    "helpfulness": "points of 4.5", "win rate": "wins against SFT", "ac2": "AC2",
+    "helpfulness model": "by Rh", "safety model": "by Rs", "correct": "correct",
+    "violations": "violations", "false_refusals": "false refusals", "length": "tokens",
+    "distinct": "distinct", "kl": "KL to SFT"}
+PLAIN = ("helpfulness", "length", "kl", "ac2")
 N_MAX, TEMPERATURES = 64, (0.6, 0.8, 1.0, 1.2, 1.4)
 
 
@@ -31,14 +36,12 @@ def settings(given, seed=1, **changes):
 
 def table(runs) -> list[str]:
     """Mean ± standard deviation over runs of {row: {column: value}}, as Markdown."""
-    columns = [c for c in ("helpfulness", "win rate", "ac2", "helpfulness model", "safety model",
-                           "correct", "violations", "false_refusals", "length", "distinct", "kl")]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for row in runs[0]:
         cells = []
-        for column in columns:
+        for column in COLUMNS:
             values = [run[row][column] for run in runs]
-            scale, form = ((1, "{:.2f} ± {:.2f}") if column in POINTS
+            scale, form = ((1, "{:.2f} ± {:.2f}") if column in PLAIN
                            else (100, "{:.1f} ± {:.1f}%"))
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(form.format(scale * statistics.mean(values), scale * spread))
