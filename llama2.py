@@ -350,6 +350,14 @@ class Tokenizer:
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
+def without_tags(text: str) -> str:
+    """What a model wrote, without the format's tags: with them it would not be accepted back."""
+    while any(tag in text for tag in TAGS):     # taking one out may join the halves of another
+        for tag in TAGS:
+            text = text.replace(tag, "")
+    return text.strip()
+
+
 def encode_dialog(tok: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """[{"role", "content"}, ...] -> (tokens, mask), as Meta's chat code lays a dialogue out.
 
@@ -479,9 +487,13 @@ def respond(model, tok: Tokenizer, dialogs, max_new_tokens: int = 90, temperatur
     for at in range(0, len(prompts), batch_size):
         some = prompts[at:at + batch_size]
         outs = generate(model, some, max_new_tokens, temperature, seed=seed + at, eos_id=tok.eos_id)
-        answers += [tok.decode(ids + new)[len(tok.decode(ids)):].strip()
-                    for ids, new in zip(some, outs)]
+        answers += [text_after(tok, ids, new) for ids, new in zip(some, outs)]
     return answers
+
+
+def text_after(tok: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    """The text of ids sampled behind a prompt's."""
+    return without_tags(tok.decode(prompt + ids)[len(tok.decode(prompt)):])
 
 
 @torch.inference_mode()
@@ -933,13 +945,11 @@ def answer(model, tok, system, turns, s: Sampling, seed) -> list[dict]:
             print(f"(the context of {model.args.max_seq_len} tokens is full: the oldest {dropped} "
                   "turn(s) are forgotten)")
         pieces = stream(model, tok, ids, s.max_new_tokens, s.temperature, s.top_p, seed)
-        text = say(piece.lstrip() if i == 0 else piece for i, piece in enumerate(pieces)).strip()
+        text = say(piece.lstrip() if i == 0 else piece for i, piece in enumerate(pieces))
     except ValueError as e:
         print(f"({e})")
         return turns[:-1]
-    for tag in TAGS:        # a model may write one: it would not be accepted back
-        text = text.replace(tag, "")
-    return turns + [{"role": "assistant", "content": text}]
+    return turns + [{"role": "assistant", "content": without_tags(text)}]
 
 
 COMMANDS = {"complete": (complete, Sampling, 2, 'complete FOLDER "text": continue a text'),

@@ -464,6 +464,15 @@ def test_streamed_text_is_generated_text(tok):
     assert len(pieces) > 5 and "Once upon" + "".join(pieces) == tok.decode(prompt + new)
 
 
+@pytest.mark.parametrize(
+    "text", ["a [INST] b", "[IN[/INST]ST]", "[/IN[INST]ST] a", " <<S<</SYS>>YS>>"]
+)
+def test_what_a_model_wrote_is_always_accepted_back(tok, text):
+    plain = llama2.without_tags(text)
+    assert not any(tag in plain for tag in llama2.TAGS) and plain == plain.strip()
+    encode_dialog(tok, say("q", plain))
+
+
 # -------------------------------------------------------------------------------------- checkpoints
 def test_a_saved_folder_loads_as_it_was(tmp_path, tok):
     model = make_model(vocab_size=tok.vocab_size)

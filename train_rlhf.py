@@ -40,7 +40,7 @@ from data import tinytown
 from llama2 import (Log, RewardModel, Transformer, adamw, all_sum, as_messages, autocast,
                     begin_run, check_same_settings, encode_dialog, end_run, generate, load,
                     open_run, read_json, require, run_script, save, save_resume, score_rows, setup,
-                    wilson, write_json, write_summary)
+                    text_after, wilson, write_json, write_summary)
 
 
 @dataclass
@@ -181,10 +181,6 @@ def sample_answers(model, prompts, count, temperature, config, seed, eos_id, bat
     return [outs[i:i + count] for i in range(0, len(outs), count)]
 
 
-def text_of(tok, prompt, ids) -> str:
-    return tok.decode(prompt["tokens"] + ids)[len(tok.decode(prompt["tokens"])):].strip()
-
-
 # ----------------------------------------------------------------------------- rejection sampling
 def best_of(answers, rewards, eos_id) -> int:
     """Which of a prompt's answers to keep: the highest reward, of the finished if there are any."""
@@ -201,7 +197,7 @@ def sample_best(policy, tok, judges, prompts, temperature, config, seed):
     for prompt, several, row in zip(prompts, answers, rewards.tolist()):
         ids = several[best_of(several, row, tok.eos_id)]
         best.append(dict(prompt=prompt["prompt"], is_safety=prompt["is_safety"], ids=ids,
-                         answer=text_of(tok, prompt, ids), tokens=prompt["tokens"])
+                         answer=text_after(tok, prompt["tokens"], ids), tokens=prompt["tokens"])
                     if ids[-1] == tok.eos_id else None)
     return best, rewards
 
@@ -435,7 +431,7 @@ def roll_out(policy, reference, value_model, judges, tok, prompts, config, seed)
            zip(("generate", "score", "forward"), clock, clock[1:])})
     batch = dict(rows=rows, starts=starts, lengths=lengths.tolist(), mask=mask, old=old,
                  advantages=whiten(advantages, mask), values=values, returns=returns)
-    return batch, stats, [text_of(tok, p, a) for p, a in zip(prompts, answers)]
+    return batch, stats, [text_after(tok, p["tokens"], a) for p, a in zip(prompts, answers)]
 
 
 def update(engines, optimizers, batch, config, seed) -> dict:
@@ -486,7 +482,7 @@ def look(policy, judges, tok, prompts, config) -> dict:
                                             tok.eos_id)]
     rewards = judge_rows(judges, [p["tokens"] + a for p, a in zip(mine, answers)],
                          [p["is_safety"] for p in mine])[0].tolist()
-    texts = rm.everyones([text_of(tok, p, a) for p, a in zip(mine, answers)])
+    texts = rm.everyones([text_after(tok, p["tokens"], a) for p, a in zip(mine, answers)])
     rewards = rm.everyones(rewards)
     found = dict(held_out=sum(rewards) / len(rewards))
     if not config.prompts:
@@ -569,7 +565,7 @@ def compared(asked, answers, others, seed) -> dict:
 
 def judged(model, tok, judges, asked, ids, sft_model, config) -> dict:
     """One row of the scoreboard but for what compares it with SFT."""
-    texts = [text_of(tok, p, a) for p, a in zip(asked, ids)]
+    texts = [text_after(tok, p["tokens"], a) for p, a in zip(asked, ids)]
     verdicts = [(p["kind"], tinytown.judge(p, text)) for p, text in zip(asked, texts)]
 
     def share(kinds, key, value=True):

@@ -127,7 +127,8 @@ def forgetting(given, out):
                                                          tok.eos_id)]
                 found = {kind: [] for kind in kinds}
                 for p, a in zip(asked, ids):
-                    found[p["kind"]].append(tinytown.quality(p, rlhf.text_of(tok, p, a)))
+                    text = rlhf.text_after(tok, p["tokens"], a)
+                    found[p["kind"]].append(tinytown.quality(p, text))
                 points.setdefault((pool, version), []).append(
                     [statistics.mean(found[kind]) for kind in kinds])
     print("| pool, version |", " | ".join(kinds), "|")
