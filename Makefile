@@ -37,7 +37,7 @@ upsampling: .venv/ready
 quality: .venv/ready
 	$(BIN)/python bench/sft.py
 
-# §3.2.2: reward models, margins, safety loss, amount of data; three seeds, seventeen minutes more
+# §3.2.2: reward models, margins, safety loss, amount of data; three seeds, eighteen minutes more
 preferences: .venv/ready
 	$(BIN)/python bench/rm.py
 
