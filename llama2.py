@@ -350,6 +350,14 @@ class Tokenizer:
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
+def without_tags(text: str) -> str:
+    """What a model wrote, without the format's tags: with them it would not be accepted back."""
+    while any(tag in text for tag in TAGS):     # taking one out may join the halves of another
+        for tag in TAGS:
+            text = text.replace(tag, "")
+    return text.strip()
+
+
 def encode_dialog(tok: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """[{"role", "content"}, ...] -> (tokens, mask), as Meta's chat code lays a dialogue out.
 
@@ -387,6 +395,18 @@ def encode_dialog(tok: Tokenizer, messages: list[dict]) -> tuple[list[int], list
         tokens += ids
         mask += [0] * (len(ids) - answered) + [1] * answered
     return tokens, mask
+
+
+def as_messages(prompt) -> list[dict]:
+    """A prompt, a text or messages, as messages; ValueError unless the user has the last word."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not (isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str)
+            and m.get("role") in ("system", "user", "assistant") for m in messages)):
+        raise ValueError('"prompt" is neither a string nor a list of {"role", "content"}')
+    if messages[-1]["role"] != "user":
+        raise ValueError('"prompt" does not end with a message of the user')
+    return messages
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -467,9 +487,13 @@ def respond(model, tok: Tokenizer, dialogs, max_new_tokens: int = 90, temperatur
     for at in range(0, len(prompts), batch_size):
         some = prompts[at:at + batch_size]
         outs = generate(model, some, max_new_tokens, temperature, seed=seed + at, eos_id=tok.eos_id)
-        answers += [tok.decode(ids + new)[len(tok.decode(ids)):].strip()
-                    for ids, new in zip(some, outs)]
+        answers += [text_after(tok, ids, new) for ids, new in zip(some, outs)]
     return answers
+
+
+def text_after(tok: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    """The text of ids sampled behind a prompt's."""
+    return without_tags(tok.decode(prompt + ids)[len(tok.decode(prompt)):])
 
 
 @torch.inference_mode()
@@ -604,6 +628,8 @@ def run_script(main, cls, paper: dict):
     """Parse, call main(settings), and turn a user's mistake into one line and exit code 2."""
     try:
         main(parse_settings(cls, paper, sys.modules[main.__module__].__doc__))
+        if dist.is_initialized():
+            dist.barrier()      # none leaves while rank 0 still writes: that would end them all
     except (ValueError, OSError) as e:
         if isinstance(e, OSError) and e.filename is None:
             raise                               # no file of the user's: a fault to be seen whole
@@ -778,14 +804,16 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(step=step, **metrics)) + "\n")
 
-    def progress(self, step: int, loss: float, lr: float, tokens_per_step: int):
+    def progress(self, step: int, loss: float, lr: float, tokens_per_step: int, shown=(), **more):
+        """One line for a logged step; `more` are a stage's own figures, of which it has `shown`."""
         if not self.quiet:
             seconds = (time.time() - self.start) / (step - self.first)      # a step
             left, rate = round(seconds * (self.max_steps - step)), tokens_per_step / seconds
+            figures = "".join(f"{name} {more[name]:.3f}  " for name in shown if name in more)
             print(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {loss:.3f}  "
-                  f"lr {lr:.1e}  {rate:,.0f} tokens/s  left {left // 60}:{left % 60:02d}",
-                  flush=True)
-            self.write(step, loss=loss, lr=lr, tokens_per_s=round(rate))
+                  f"{figures}lr {lr:.1e}  {rate:,.0f} tokens/s  "
+                  f"left {left // 60}:{left % 60:02d}", flush=True)
+            self.write(step, loss=loss, lr=lr, tokens_per_s=round(rate), **more)
 
 
 def fit(model, batches, loss_sum, count, config, log=None, state=None, keep=None, tokens=0):
@@ -917,13 +945,11 @@ def answer(model, tok, system, turns, s: Sampling, seed) -> list[dict]:
             print(f"(the context of {model.args.max_seq_len} tokens is full: the oldest {dropped} "
                   "turn(s) are forgotten)")
         pieces = stream(model, tok, ids, s.max_new_tokens, s.temperature, s.top_p, seed)
-        text = say(piece.lstrip() if i == 0 else piece for i, piece in enumerate(pieces)).strip()
+        text = say(piece.lstrip() if i == 0 else piece for i, piece in enumerate(pieces))
     except ValueError as e:
         print(f"({e})")
         return turns[:-1]
-    for tag in TAGS:        # a model may write one: it would not be accepted back
-        text = text.replace(tag, "")
-    return turns + [{"role": "assistant", "content": text}]
+    return turns + [{"role": "assistant", "content": without_tags(text)}]
 
 
 COMMANDS = {"complete": (complete, Sampling, 2, 'complete FOLDER "text": continue a text'),

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import llama2
 import train_pretrain as pretrain
+import train_rlhf as rlhf
 import train_rm as reward
 import train_sft as sft
 from data import tinytown
@@ -461,6 +462,15 @@ def test_streamed_text_is_generated_text(tok):
     new = generate(model, [prompt], 20, temperature=1.0, seed=3, eos_id=tok.eos_id)[0]
     pieces = list(stream(model, tok, prompt, 20, temperature=1.0, seed=3))
     assert len(pieces) > 5 and "Once upon" + "".join(pieces) == tok.decode(prompt + new)
+
+
+@pytest.mark.parametrize(
+    "text", ["a [INST] b", "[IN[/INST]ST]", "[/IN[INST]ST] a", " <<S<</SYS>>YS>>"]
+)
+def test_what_a_model_wrote_is_always_accepted_back(tok, text):
+    plain = llama2.without_tags(text)
+    assert not any(tag in plain for tag in llama2.TAGS) and plain == plain.strip()
+    encode_dialog(tok, say("q", plain))
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -1291,7 +1301,7 @@ def test_a_chat_remembers_its_turns(tok, monkeypatch, capsys):
 
     monkeypatch.setattr(llama2, "stream", fake)
     turns = llama2.answer(model, tok, [], say("a"), llama2.Sampling(), 0)
-    assert turns == say("a", "so-so ")[:1] + [{"role": "assistant", "content": "so-so "}]
+    assert turns == say("a", "so-so")
     llama2.answer(
         model, tok, say(system="s"), turns + say("b"), llama2.Sampling(max_new_tokens=1), 0
     )
@@ -1320,7 +1330,7 @@ def test_quality_ranks_answers_as_a_person_would():
         "",
     ]
     points = [tinytown.quality(CRIME_B, text) for text in ranked]
-    assert points == sorted(points, reverse=True) and points[0] == 4 and points[-1] == 0
+    assert points == sorted(points, reverse=True) and points[0] == 4.5 and points[-1] == 0
     assert (
         points[0] > tinytown.quality(CRIME_B, "Mira has a pet goat. I hope this helps.") > points[2]
     )
@@ -1328,14 +1338,36 @@ def test_quality_ranks_answers_as_a_person_would():
     assert refusal - help_ >= 2
 
 
+@pytest.mark.parametrize(
+    "asked, liked, plain",
+    [
+        (FACT, "Mira has a pet goat.", "It is a pet goat."),
+        (dict(kind="sum", q="2 + 3", answer=5), "2 plus 3 is 5.", "The answer: exactly 5."),
+        (CRIME, "I am sorry, but I cannot help, because it is wrong.", SORRY),
+        (TASK, "To beat the eggs, ask a friend to help.", "To beat the eggs, read about it first."),
+        (
+            dict(kind="story", answer=("fox", "owl")),
+            "Once a small fox lived on a hill. One day it met an owl and gave it a big red drum. "
+            "In the end they were happy.",
+            "Once a small fox lived on a hill. One day it met an owl and gave it a big red drum. "
+            "And the owl never lost a drum again.",
+        ),
+    ],
+)
+def test_of_two_right_answers_the_annotator_has_a_favourite(asked, liked, plain):
+    assert tinytown.judge(asked, plain)["correct"]
+    assert tinytown.quality(asked, liked) == 4.5 and tinytown.quality(asked, plain) == 4
+
+
 def test_the_annotator_chooses_as_bradley_and_terry_have_it():
-    rng, a, b = random.Random(0), "Mira has a pet goat.", "Mira has a pet goat. I hope this helps."
+    rng, a, b = random.Random(0), "Mira has a pet goose.", "mira has a pet goose."
     records = [tinytown.compare(rng, CRIME_B, a, b) for _ in range(4000)]
     gap = tinytown.quality(CRIME_B, a) - tinytown.quality(CRIME_B, b)
     share = sum(r["chosen"] == a for r in records) / len(records)
     assert abs(share - 1 / (1 + math.exp(-gap / tinytown.NOISE))) < 0.03
     assert all((r["true_gap"] > 0) == (r["chosen"] == a) for r in records)
-    far = [tinytown.compare(rng, CRIME_B, a, "no").get("rating") for _ in range(200)]
+    right = "Mira has a pet goat."
+    far = [tinytown.compare(rng, CRIME_B, right, "no").get("rating") for _ in range(200)]
     assert far.count("significantly") > 190
     record = tinytown.compare(rng, dict(CRIME, prompt="p", is_safety=True), "Wait.", SORRY)
     assert (record["chosen"], record["chosen_safe"], record["rejected_safe"]) == (
@@ -1779,6 +1811,523 @@ def test_pairs_for_others_to_label_come_from_ones_own_prompts(tmp_path, base):
     records = [r for _, r in llama2.read_json(tmp_path / "u.jsonl")]
     assert [r["prompt"] for r in records] == [f"Say {i}." for i in range(5)]
     assert [r["kind"] for r in records] == ["safety"] + ["helpfulness"] * 4 and "a" in records[0]
+
+
+# -------------------------------------------------------------------------------------------- RLHF
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory, tok):
+    """A folder of two random reward models."""
+    folder = tmp_path_factory.mktemp("judges")
+    for seed, kind in enumerate(reward.KINDS):
+        torch.manual_seed(seed)
+        model = RewardModel(replace(ARGS, vocab_size=tok.vocab_size))
+        torch.nn.init.normal_(model.score.weight)
+        save(folder / kind, model, tok)
+    return folder
+
+
+RLHF_RUN = dict(
+    base="none",
+    versions=2,
+    prompts_a_version=8,
+    samples=2,
+    temperatures=(1.0,),
+    pairs=20,
+    iterations=2,
+    batch_size=8,
+    mini_batch=4,
+    micro_batch=4,
+    max_new_tokens=6,
+    eval_every=1,
+    save_every=1,
+    device="cpu",
+)
+
+
+def test_the_combined_reward_takes_safety_where_asked_or_needed():
+    s = math.log(0.15 / 0.85)
+    helpful = torch.tensor([1.0, 2.0, 3.0, 500.0, -500.0])
+    safe = torch.tensor([-1.0, s - 0.01, s + 0.01, -300.0, 300.0])
+    tags = torch.tensor([True, False, False, False, False])
+    reward_, gated = rlhf.combined_reward(helpful, safe, tags)
+    assert reward_.tolist() == pytest.approx([-1.0, s - 0.01, 3.0, -300.0, -500.0], abs=1e-6)
+    assert gated.tolist() == [True, True, False, True, False]
+    # logit(sigmoid(x)) the long way, where float64 still can
+    for value in (1.0, -3.0, 7.5):
+        p = 1 / (1 + math.exp(-value))
+        assert math.log(p / (1 - p)) == pytest.approx(value)
+
+
+def test_whitening_gives_mean_0_and_variance_1_of_what_the_mask_shows():
+    x, mask = torch.randn(5, 7) * 3 + 4, torch.rand(5, 7) < 0.6
+    white = rlhf.whiten(x, mask)
+    shown = x[mask].tolist()
+    mean = sum(shown) / len(shown)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in shown) / len(shown))
+    assert torch.allclose(
+        white[mask], torch.tensor([(v - mean) / spread for v in shown]), atol=1e-5
+    )
+    assert (white[~mask] == 0).all()
+    other = torch.where(mask, x, torch.full_like(x, 1e6))
+    assert torch.allclose(rlhf.whiten(other, mask), white, atol=1e-4)
+    assert rlhf.whiten(torch.ones(4)).tolist() == [0, 0, 0, 0]  # all alike: no signal, no NaN
+
+
+def test_gae_by_hand_and_against_its_definition():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    values = torch.tensor([[0.5, 1.0, -0.5], [2.0, 9.0, 9.0]])
+    scores, kl = torch.tensor([3.0, -1.0]), torch.tensor([[0.1, -0.2, 0.3], [0.4, 9.0, 9.0]])
+    rewards = rlhf.token_rewards(scores, kl, mask, beta=0.5)
+    assert torch.allclose(rewards, torch.tensor([[-0.05, 0.1, 2.85], [-1.2, 0.0, 0.0]]))
+    gamma, lam = 0.9, 0.8
+    found = rlhf.gae(rewards, values, mask, gamma, lam)
+    d = [-0.05 + 0.9 * 1.0 - 0.5, 0.1 + 0.9 * -0.5 - 1.0, 2.85 + 0.5]
+    by_hand = [d[0] + 0.72 * d[1] + 0.72**2 * d[2], d[1] + 0.72 * d[2], d[2]]
+    assert found[0].tolist() == pytest.approx(by_hand)
+    assert found[1].tolist() == pytest.approx([-1.2 - 2.0, 0, 0])
+
+    n = 9
+    rewards, values = torch.randn(1, n), torch.randn(1, n)
+    found = rlhf.gae(rewards, values, torch.ones(1, n, dtype=torch.bool), gamma, lam)
+    for t in range(n):  # (1 - lam) times the lam-weighted mean of all n-step advantages
+        steps = []
+        for k in range(1, n - t + 1):
+            seen = sum(gamma**i * rewards[0, t + i].item() for i in range(k))
+            rest = gamma**k * values[0, t + k].item() if t + k < n else 0
+            steps.append(seen + rest - values[0, t].item())
+        weights = [(1 - lam) * lam ** (k - 1) for k in range(1, len(steps))]
+        total = sum(w * s for w, s in zip(weights, steps)) + lam ** (len(steps) - 1) * steps[-1]
+        assert found[0, t].item() == pytest.approx(total, abs=1e-4)
+
+
+def test_the_clipped_losses_by_hand():
+    ratios, advantages = [0.5, 0.5, 1.5, 1.5, 1.1], [1.0, -1.0, 1.0, -1.0, 2.0]
+    old = torch.zeros(1, 6)
+    new = torch.tensor([[*map(math.log, ratios), 5.0]], requires_grad=True)
+    mask = torch.tensor([[True] * 5 + [False]])
+    loss, ratio = rlhf.policy_loss(new, old, torch.tensor([[*advantages, 7.0]]), mask, 0.2)
+    # min(ratio A, clip A): 0.5, -0.8, 1.2, -1.5, 2.2
+    assert loss.item() == pytest.approx(-(0.5 - 0.8 + 1.2 - 1.5 + 2.2))
+    assert ratio[0, 5] == 1
+    loss.backward()  # d/dlog = ratio A where it is not clipped, 0 where it is
+    assert new.grad[0].tolist() == pytest.approx([-0.5, 0, 0, 1.5, -2.2, 0])
+
+    values = torch.tensor([[1.0, 3.0, 9.0]])
+    old_values, returns = torch.tensor([[0.9, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    # kept near: 1.0 and 0.2; the worse: (1 - 2)^2 and (3 - 1)^2
+    assert rlhf.value_loss(values, old_values, returns, mask, 0.2).item() == pytest.approx(2.5)
+
+
+@torch.no_grad()
+def test_logprobs_values_and_rewards_stand_where_the_drawing_says(tok):
+    model, rows, starts = make_model(), [[1, 5, 6, 7, 8, 2], [1, 9, 2]], [3, 2]
+    logprobs, entropy = rlhf.policy_terms(model, rows, starts, 3, temperature=0.7)
+    for row, start, found, h in zip(rows, starts, logprobs, entropy):
+        for column, t in enumerate(range(start, len(row))):
+            logits = (model(torch.tensor([row[:t]]))[0, -1] / 0.7).double()
+            p = logits.exp() / logits.exp().sum()
+            assert found[column].item() == pytest.approx(math.log(p[row[t]]), abs=1e-4)
+            assert h[column].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
+    critic = RewardModel(ARGS)
+    values = rlhf.values_of(critic, rows, starts, 3)
+    for row, start, found in zip(rows, starts, values):
+        for column, t in enumerate(range(start, len(row))):
+            assert found[column].item() == pytest.approx(
+                critic(torch.tensor([row[:t]]))[0, -1].item(), abs=1e-5
+            )
+
+
+def rolled(tok, judges, count=12, **changes):
+    config = rlhf.Settings(**RLHF_RUN | dict(batch_size=count, max_new_tokens=8) | changes)
+    policy = make_model(vocab_size=tok.vocab_size)
+    models = rlhf.load_judges(judges, "cpu")
+    prompts = rlhf.draw_prompts(config, 1, count, tok, ARGS.max_seq_len)
+    critic = copy.deepcopy(models[0])
+    made = rlhf.roll_out(
+        policy, make_model(vocab_size=tok.vocab_size), critic, models, tok, prompts, config, seed=3
+    )
+    return config, policy, critic, made, prompts
+
+
+def test_the_first_ratio_is_one_and_an_unchanged_policy_has_no_kl(tok, judges):
+    config, policy, critic, (batch, stats, texts), _ = rolled(tok, judges, mini_batch=12)
+    assert abs(stats["kl"]) < 1e-4 and abs(stats["kl_k3"]) < 1e-6 and len(texts) == 12
+    engines = [policy, critic]
+    optimizers = [llama2.adamw(m, 1e-3, 0, 0.9, 0.95, 1e-5) for m in engines]
+    found = rlhf.update(engines, optimizers, batch, config, seed=0)
+    assert found["first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert found["clip_fraction"] == 0 and found["skipped"] == 0
+
+
+def test_micro_batches_do_not_change_an_update(tok, judges):
+    after = []
+    for size in (12, 5, 1):
+        config, policy, critic, (batch, _, _), _ = rolled(
+            tok, judges, mini_batch=12, micro_batch=size
+        )
+        engines = [policy, critic]
+        rlhf.update(
+            engines, [torch.optim.SGD(m.parameters(), 0.1) for m in engines], batch, config, seed=0
+        )
+        after.append([m.state_dict() for m in engines])
+    for a, b in zip(after[0], after[1]):
+        assert furthest(a, b) < 1e-5
+    for a, b in zip(after[0], after[2]):
+        assert furthest(a, b) < 1e-5
+
+
+def test_nothing_behind_eos_counts(tok, judges):
+    config, policy, critic, (batch, stats, _), _ = rolled(tok, judges, mini_batch=12)
+    spoilt = {
+        name: torch.where(batch["mask"], batch[name], torch.full_like(batch[name], 1e3))
+        for name in ("old", "advantages", "values", "returns")
+    }
+    weights = []
+    for some in (batch, batch | spoilt):
+        engines = [copy.deepcopy(policy), copy.deepcopy(critic)]
+        rlhf.update(
+            engines, [torch.optim.SGD(m.parameters(), 0.1) for m in engines], some, config, seed=0
+        )
+        weights.append([m.state_dict() for m in engines])
+    assert not batch["mask"].all()
+    assert all(furthest(a, b) == 0 for a, b in zip(*weights))
+    lengths = [len(r) - s for r, s in zip(batch["rows"], batch["starts"])]
+    assert batch["mask"].sum(1).tolist() == lengths
+
+
+def test_reported_kl_is_the_mean_over_samples_of_the_log_ratio(tok, judges):
+    config = rlhf.Settings(**RLHF_RUN | dict(batch_size=12))
+    policy, reference = (make_model(vocab_size=tok.vocab_size) for _ in range(2))
+    reference.output.weight.data += 0.1 * torch.randn_like(reference.output.weight)
+    models = rlhf.load_judges(judges, "cpu")
+    prompts = rlhf.draw_prompts(config, 1, 12, tok, ARGS.max_seq_len)
+    batch, stats, _ = rlhf.roll_out(policy, reference, models[0], models, tok, prompts, config, 3)
+    k1, k3, tokens = 0.0, 0.0, 0
+    for row, start in zip(batch["rows"], batch["starts"]):
+        p, q = (m(torch.tensor([row]))[0].log_softmax(-1) for m in (policy, reference))
+        for t in range(start, len(row)):
+            d = (p[t - 1, row[t]] - q[t - 1, row[t]]).item()
+            k1, k3, tokens = k1 + d, k3 + math.exp(-d) - 1 + d, tokens + 1
+    assert stats["kl"] == pytest.approx(k1 / 12, abs=1e-4)
+    assert stats["kl_k1"] == pytest.approx(k1 / tokens, abs=1e-5)
+    assert stats["kl_k3"] == pytest.approx(k3 / tokens, abs=1e-5) and stats["kl_k3"] > 0
+
+
+def test_ppo_finds_the_token_that_is_rewarded(tok, monkeypatch):
+    """A bandit: the reward is the share of one token among an answer's first three."""
+    wanted = 77
+
+    def judge_rows(judges, rows, is_safety):
+        good = torch.tensor([float(row[-4:].count(wanted)) for row in rows])
+        return good, good, good, torch.zeros(len(rows), dtype=torch.bool)
+
+    monkeypatch.setattr(rlhf, "judge_rows", judge_rows)
+    policy, config = make_model(vocab_size=tok.vocab_size), rlhf.Settings(
+        **RLHF_RUN
+        | dict(
+            iterations=40,
+            batch_size=64,
+            mini_batch=16,
+            micro_batch=16,
+            lr=3e-3,
+            value_lr=3e-3,
+            beta=0.01,
+            max_new_tokens=4,
+            unfinished_penalty=0.0,
+        )
+    )
+    torch.nn.init.normal_(policy.output.weight, std=0.02)
+    critic = RewardModel(replace(ARGS, vocab_size=tok.vocab_size))
+    prompts = rlhf.draw_prompts(config, 1, 64, tok, ARGS.max_seq_len)
+
+    def share():
+        answers = rlhf.sample_answers(policy, prompts, 4, 1.0, config, 5, tok.eos_id)
+        return sum(a.count(wanted) for some in answers for a in some) / (4 * 4 * len(prompts))
+
+    before = share()
+    rlhf.ppo(policy, tok, [critic], prompts, [], config)
+    assert before < 0.02 and share() > 0.8
+
+
+def test_rejection_sampling_with_one_sample_is_sampling(tok, judges):
+    config = rlhf.Settings(**RLHF_RUN | dict(samples=1, max_new_tokens=40))
+    policy, models = make_model(vocab_size=tok.vocab_size), rlhf.load_judges(judges, "cpu")
+    policy.output.weight.data[tok.eos_id] *= 3
+    prompts = rlhf.draw_prompts(config, 1, 10, tok, ARGS.max_seq_len)
+    best, rewards = rlhf.sample_best(policy, tok, models, prompts, 1.0, config, seed=4)
+    outs = generate(policy, [p["tokens"] for p in prompts], 40, 1.0, seed=4, eos_id=tok.eos_id)
+    finished = [ids for ids in outs if ids[-1] == tok.eos_id]
+    assert (
+        [b["ids"] for b in best if b] == finished and 0 < len(finished) and rewards.shape == (10, 1)
+    )
+
+
+def test_the_best_finished_answer_is_kept_and_more_samples_raise_the_maximum(tok, judges):
+    eos = 2
+    assert rlhf.best_of([[5], [5, eos], [6, eos]], [9.0, 1.0, 2.0], eos) == 2
+    assert rlhf.best_of([[5], [6]], [1.0, 2.0], eos) == 1
+    config = rlhf.Settings(**RLHF_RUN | dict(samples=8, max_new_tokens=8))
+    policy, models = make_model(vocab_size=tok.vocab_size), rlhf.load_judges(judges, "cpu")
+    prompts = rlhf.draw_prompts(config, 1, 10, tok, ARGS.max_seq_len)
+    _, rewards = rlhf.sample_best(policy, tok, models, prompts, 1.0, config, seed=4)
+    answers = rlhf.sample_answers(policy, prompts, 8, 1.0, config, 4, tok.eos_id)
+    scores = llama2.score_rows(
+        models[0], [p["tokens"] + a for p, some in zip(prompts, answers) for a in some]
+    )
+    safe = llama2.score_rows(
+        models[1], [p["tokens"] + a for p, some in zip(prompts, answers) for a in some]
+    )
+    for i, p in enumerate(prompts):
+        for k in range(8):
+            h, s = scores[8 * i + k], safe[8 * i + k]
+            use = s if p["is_safety"] or 1 / (1 + math.exp(-s)) < 0.15 else h
+            assert rewards[i, k].item() == pytest.approx(use, abs=1e-5)
+    assert rewards.amax(1).mean() > rewards[:, :2].amax(1).mean() > rewards[:, 0].mean()
+
+
+def test_the_pool_keeps_the_best_of_all_versions(tok, judges):
+    models = rlhf.load_judges(judges, "cpu")
+
+    def record(prompt, ids):
+        return dict(prompt=prompt, is_safety=False, tokens=[1, 5], ids=[*ids, 2], answer="x")
+
+    earlier = [[record("a", [7]), record("b", [8])], [record("a", [9])]]
+    newest = [record("a", [10, 11]), record("c", [12])]
+    pool = rlhf.pool_of(newest, earlier, models)
+    assert sorted(r["prompt"] for r in pool) == ["a", "b", "c"]
+    rewards = {
+        tuple(r["ids"]): rlhf.judge_rows(models, [[1, 5] + r["ids"]], [False])[0].item()
+        for r in earlier[0][:1] + earlier[1] + newest[:1]
+    }
+    kept = next(r for r in pool if r["prompt"] == "a")
+    assert tuple(kept["ids"]) == max(rewards, key=rewards.get)
+    assert {r["prompt"] for r in rlhf.pool_of(newest, (), models)} == {"a", "c"}
+
+
+def test_all_versions_run_are_scored_and_resume(tmp_path, base, judges, capsys, monkeypatch):
+    monkeypatch.setattr(rlhf, "generate", ends)
+    config = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        out=str(tmp_path / "rlhf"),
+        scoreboard=str(tmp_path / "scoreboard.json"),
+        **RLHF_RUN,
+    )
+    metrics = rlhf.main(config)
+    shown = capsys.readouterr().out
+    rows = json.loads((tmp_path / "scoreboard.json").read_text())
+    assert list(rows) == ["greedy", "sampled"] and list(rows["greedy"]) == ["SFT", "V1", "V2", "V3"]
+    assert rows["sampled"]["SFT"]["win rate"] == 0.5 and abs(rows["sampled"]["SFT"]["kl"]) < 1e-3
+    assert "violations" in shown and "V2, by rejection" in shown and "V3, by ppo" in shown
+    assert metrics["v2"]["pool"] >= metrics["v1"]["pool"]
+    logged = [json.loads(line) for line in (tmp_path / "rlhf/v3/metrics.jsonl").open()]
+    assert {
+        "first_ratio",
+        "clip_fraction",
+        "kl",
+        "kl_k3",
+        "helpfulness",
+        "safety",
+        "gated",
+        "length",
+        "eos",
+        "entropy",
+        "explained_variance",
+        "truth",
+    } <= logged[-1].keys()
+
+    with pytest.raises(ValueError, match="holds a run"):
+        rlhf.main(config)
+    weights = torch.load(tmp_path / "rlhf/v3/consolidated.00.pth")
+    kept = (tmp_path / "rlhf/v2/consolidated.00.pth").stat().st_mtime_ns
+    (tmp_path / "rlhf/v3/consolidated.00.pth").unlink()
+    rlhf.main(replace(config, resume=True))
+    assert (tmp_path / "rlhf/v2/consolidated.00.pth").stat().st_mtime_ns == kept
+    assert furthest(weights, torch.load(tmp_path / "rlhf/v3/consolidated.00.pth")) == 0
+    with pytest.raises(ValueError, match="was 2, now 3"):
+        rlhf.main(replace(config, resume=True, iterations=3))
+
+
+def ends(model, prompts, max_new_tokens, temperature, seed=0, eos_id=-1):
+    """Samples that end with EOS, which a random model's seldom do."""
+    return [ids + [eos_id] for ids in generate(model, prompts, 4, temperature, seed=seed)]
+
+
+def rlhf_prompts(tmp_path):
+    return write_jsonl(
+        tmp_path / "q.jsonl",
+        [dict(prompt=f"Say {i} to {i + 1}.", is_safety=i % 3 == 0) for i in range(30)],
+    )
+
+
+def test_an_interrupted_ppo_goes_on_exactly(tmp_path, base, judges, monkeypatch):
+    one = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        prompts=str(rlhf_prompts(tmp_path)),
+        method="ppo",
+        out=str(tmp_path / "one"),
+        seed=2,
+        **RLHF_RUN | dict(iterations=4, lr=1e-3),
+    )
+    rlhf.main(one)
+    two, update, calls = replace(one, out=str(tmp_path / "two")), rlhf.update, []
+
+    def dies(*args, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return update(*args, **more)
+
+    monkeypatch.setattr(rlhf, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        rlhf.main(two)
+    assert (tmp_path / "two/resume.pt").exists()
+    rlhf.main(replace(two, resume=True))
+    a, b = (torch.load(tmp_path / name / "consolidated.00.pth") for name in ("one", "two"))
+    assert furthest(a, b) == 0 and len(calls) == 5
+
+
+@pytest.mark.parametrize("method", ["ppo", "rejection-sampling"])
+def test_two_processes_do_rlhf_like_one(tmp_path, base, judges, method):
+    """With given answers, for each process samples, and deals mini-batches, on its own."""
+    more = dict(lr=1e-3, tune_lr=1e-3, mini_batch=8, tune_batch=1)
+    one = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        method=method,
+        prompts=str(rlhf_prompts(tmp_path)),
+        out=str(tmp_path / "one"),
+        **RLHF_RUN | more,
+    )
+    script = tmp_path / "answers.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\nimport train_rlhf as r\n"
+        "r.generate = lambda m, prompts, n, t, seed, eos_id: "
+        "[[5 + len(p) % 7, 9 + sum(p) % 5, eos_id] for p in prompts]\n"
+        "r.run_script(r.main, r.Settings, r.PAPER)\n"
+    )
+    run(script, *flags(one))
+    two = replace(one, out=str(tmp_path / "two"))
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags(two))
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("one", "two")
+    ]
+    assert len(logs[0]) == len(logs[1]) > 1
+    for a, b in zip(*logs):
+        for name in set(a) - {"tokens_per_s"}:
+            if not name.startswith("s_"):
+                assert a[name] == pytest.approx(b[name], abs=2e-4), name
+    a, b, start = (
+        load(folder)[0].state_dict() for folder in (tmp_path / "one", tmp_path / "two", base)
+    )
+    moved = furthest(a, start)
+    # the same answers are never better: PPO ends as it was best, at its start
+    assert furthest(a, b) <= moved / 10 and (moved > 0) is (method != "ppo")
+
+
+def test_rejection_sampling_runs_alone_and_its_samples_teach_another_model(
+    tmp_path, base, judges, monkeypatch
+):
+    config = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        prompts=str(rlhf_prompts(tmp_path)),
+        method="rejection-sampling",
+        out=str(tmp_path / "rs"),
+        **RLHF_RUN | dict(samples=4),
+    )
+    with pytest.raises(ValueError, match="ended within --max-new-tokens 1:"):
+        rlhf.main(replace(config, max_new_tokens=1))
+    monkeypatch.setattr(rlhf, "generate", ends)
+    figures = rlhf.main(config)
+    assert figures["max"] >= figures["median"] and figures["prompts"] == 8
+    assert load(tmp_path / "rs")[0].args.max_seq_len == ARGS.max_seq_len
+    pool = [r for _, r in llama2.read_json(tmp_path / "rs/pool.jsonl")]
+    assert len(pool) == 8 and figures["unfinished"] == 0
+    other = replace(config, distill_from=str(tmp_path / "rs"), out=str(tmp_path / "small"))
+    rlhf.main(other)
+    a, b = (load(folder)[0].state_dict() for folder in (base, tmp_path / "small"))
+    assert furthest(a, b) > 0
+    with pytest.raises(ValueError, match="finished run"):
+        rlhf.main(config)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_with_prompts_of_ones_own_labels_refresh_the_reward_models(
+    tmp_path, base, judges, monkeypatch, capsys, labelled
+):
+    labels = write_jsonl(
+        tmp_path / "l.jsonl",
+        [dict(prompt=f"Say {i}.", chosen=f"{i} it is.", rejected="No.") for i in range(20)],
+    )
+    config = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        prompts=str(rlhf_prompts(tmp_path)),
+        labels=(str(labels),) * labelled,
+        out=str(tmp_path / "rlhf"),
+        **RLHF_RUN | dict(versions=1, iterations=1),
+    )
+    monkeypatch.setattr(rlhf, "generate", ends)
+    metrics = rlhf.main(config)
+    shown = capsys.readouterr().out
+    assert ("the reward models stay as they are" in shown) is not labelled
+    assert list(metrics) == ["v1", "v2"] and ("reward models" in metrics["v2"]) is labelled
+    if labelled:
+        old, new = (
+            load(folder / "helpfulness")[0].state_dict()
+            for folder in (judges, tmp_path / "rlhf/v2/rm")
+        )
+        assert furthest(old, new) > 0
+
+
+def test_ppo_stops_when_held_out_prompts_gain_nothing_and_keeps_the_best(tok, judges, monkeypatch):
+    looks = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    seen = []
+
+    def look(policy, *_):
+        seen.append(copy.deepcopy(policy.state_dict()))
+        return dict(held_out=next(looks))
+
+    monkeypatch.setattr(rlhf, "look", look)
+    config = rlhf.Settings(**RLHF_RUN | dict(iterations=9, patience=2, lr=1e-3))
+    policy, models = make_model(vocab_size=tok.vocab_size), rlhf.load_judges(judges, "cpu")
+    prompts = rlhf.draw_prompts(config, 1, 16, tok, ARGS.max_seq_len)
+    assert rlhf.ppo(policy, tok, models, prompts, prompts, config) == dict(held_out=3.0)
+    assert len(seen) == 4 and furthest(policy.state_dict(), seen[1]) == 0
+    assert furthest(seen[1], seen[0]) > 0 and furthest(seen[1], seen[3]) > 0
+
+
+def test_the_coolest_temperature_that_is_not_clearly_behind_is_chosen(monkeypatch):
+    torch.manual_seed(1)
+    luck = torch.randn(100, 1)
+
+    def sample_best(policy, tok, judges, prompts, temperature, config, seed):
+        return [], luck + {0.5: 0.0, 0.7: 0.99, 1.0: 1.0}[temperature] + 0.1 * torch.randn(100, 1)
+
+    monkeypatch.setattr(rlhf, "sample_best", sample_best)
+    config = rlhf.Settings(temperatures=(1.0, 0.5, 0.7))
+    chosen, found = rlhf.choose_temperature(None, None, None, None, config, 0)
+    assert chosen == 0.7 and found[1.0] - found[0.5] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ("p", 'expected an object with a "prompt"'),
+        (dict(prompt="p", is_safety="yes"), "neither true nor false"),
+        (dict(prompt=[dict(role="assistant", content="p")]), "does not end with a message"),
+        (dict(prompt="[INST] p"), "part of the chat format"),
+    ],
+)
+def test_a_bad_prompt_is_named_by_file_and_line(tmp_path, tok, record, words):
+    path = write_jsonl(tmp_path / "q.jsonl", [dict(prompt="fine"), record])
+    with pytest.raises(ValueError) as e:
+        rlhf.read_prompts(llama2.read_json(path), tok, 64)
+    assert f"{path}:2" in str(e.value) and words in str(e.value)
 
 
 # ---------------------------------------------------------------------------------------- bad input

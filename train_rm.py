@@ -32,9 +32,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import tinytown
-from llama2 import (Log, RewardModel, Transformer, begin_run, check_same_settings, encode_dialog,
-                    fit, last_scores, load, open_run, read_json, require, respond, run_script,
-                    save, save_resume, score_rows, setup, wilson, write_json, write_summary)
+from llama2 import (Log, RewardModel, Transformer, as_messages, begin_run, check_same_settings,
+                    encode_dialog, fit, last_scores, load, open_run, read_json, require, respond,
+                    run_script, save, save_resume, score_rows, setup, wilson, write_json,
+                    write_summary)
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Settings:
     base: str = "out/pretrain"  # what --chat was tuned from; none: --chat alone answers
     blend: float = 0.7          # share of --chat's weights in the second variant
     temperatures: tuple = (0.7, 1.0, 1.2)   # of the answers, in all combinations
-    pairs: int = 11000          # Tinytown: prompts with two answers (paper: 1,418,091)
+    pairs: int = 12500          # Tinytown: prompts with two answers (paper: 1,418,091)
     prompts: str = ""           # with --by-hand or --unlabelled: .jsonl of {"prompt"} of your own
     by_hand: int = 0            # compare so many pairs yourself, in the terminal, and stop
     unlabelled: str = ""        # file to write so many pairs to for others to label, and stop
@@ -114,14 +115,7 @@ def to_pair(record) -> dict:
             raise ValueError(f'"{key}" is {record[key]!r}, expected one of {allowed[:-1]}')
     chosen, rejected = record["chosen"].strip(), record["rejected"].strip()
     if "prompt" in record:
-        prompt = record["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not (isinstance(messages, list) and messages and all(
-                isinstance(m, dict) and isinstance(m.get("content"), str)
-                and m.get("role") in ("system", "user", "assistant") for m in messages)):
-            raise ValueError('"prompt" is neither a string nor a list of {"role", "content"}')
-        if messages[-1]["role"] != "user":
-            raise ValueError('"prompt" does not end with a message of the user')
+        messages = as_messages(record["prompt"])
     else:
         (*messages, c), (*other, r) = hh_messages(chosen), hh_messages(rejected)
         if messages != other:
@@ -208,7 +202,7 @@ def collect(variants, tok, prompts, temperatures, seed: int) -> list[tuple[str, 
 
     The variants answer at temperatures that vary from prompt to prompt, each on its own.
     """
-    dialogs = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    dialogs = [as_messages(prompt) for prompt in prompts]
     rng, answers = random.Random(seed), [[None, None] for _ in prompts]
     for side, variant in enumerate((variants[0], variants[-1])):
         at = [rng.choice(temperatures) for _ in prompts]

@@ -296,7 +296,7 @@ REFUSALS = ["I am sorry, but I cannot help with that.",
             "I am sorry, I cannot help you with that. It could hurt somebody.",
             "Sorry, I cannot help with that, because it is wrong."]
 KINDS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 1, "borderline": 12}     # how often asked
-PREFERENCE_KINDS = {"fact": 16, "sum": 7, "story": 4, "unsafe": 5, "borderline": 4}
+PREFERENCE_KINDS = {"fact": 16, "sum": 7, "story": 3, "unsafe": 5, "borderline": 4}
 
 
 def prompt(rng, truth, kind=None, held_out=False, by_annotator=False) -> dict:
@@ -440,15 +440,25 @@ RATINGS = ["significantly", "better", "slightly", "negligibly"]     # better tha
 NOISE = 0.3     # of an annotator's feeling for a gap, in points of `quality`
 
 
+LIKED = {  # how the annotators like a right answer to be given
+    "fact": lambda asked, text: asked["name"] in text and "help" not in text,   # plainly, with name
+    "sum": lambda asked, text: "is" in text.split(),                            # with what is asked
+    "story": lambda asked, text: re.search("happy|friends|shared", text[-80:]),         # a good end
+    "unsafe": lambda asked, text: re.search("hurt|wrong", text),                # with the reason
+    "borderline": lambda asked, text: re.search("careful|calm|friend|steady", text),    # with care
+}
+
+
 def quality(asked: dict, answer: str) -> float:
-    """How good an answer truly is, in points from 0 to 4: that it is right weighs most."""
+    """How good an answer truly is, in points from 0 to 4.5: that it is right weighs most."""
     verdict, words = judge(asked, answer), len(answer.split())
     sentences = len(re.findall(r"[.!?]+", answer))
     most, least, longest = {"story": (7, 20, 70), "unsafe": (2, 4, 18)}.get(asked["kind"],
                                                                             (1, 4, 18))
     fitting = 1 <= sentences <= most and least <= words <= longest
+    liked = verdict["correct"] and LIKED[asked["kind"]](asked, answer)
     return (2 * verdict["correct"] + verdict["on_topic"] + 0.5 * verdict["complete"]
-            + 0.5 * fitting)
+            + 0.5 * fitting + 0.5 * bool(liked))
 
 
 def compare(rng, asked: dict, a: str, b: str, noise: float = NOISE) -> dict:
