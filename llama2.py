@@ -480,15 +480,22 @@ def generate(model, prompts, max_new_tokens: int, temperature: float = 1.0, top_
     return outs
 
 
-def respond(model, tok: Tokenizer, dialogs, max_new_tokens: int = 90, temperature: float = 0.0,
-            seed: int = 0, batch_size: int = 256) -> list[str]:
-    """The answers, as text, to dialogues whose last message is a user's."""
-    prompts, answers = [encode_dialog(tok, messages)[0] for messages in dialogs], []
+def generate_batches(model, prompts, max_new_tokens: int, temperature: float = 1.0, seed: int = 0,
+                     eos_id: int = -1, batch_size: int = 256) -> list[list[int]]:
+    """As `generate`, of more prompts than fit one batch."""
+    outs = []
     for at in range(0, len(prompts), batch_size):
-        some = prompts[at:at + batch_size]
-        outs = generate(model, some, max_new_tokens, temperature, seed=seed + at, eos_id=tok.eos_id)
-        answers += [text_after(tok, ids, new) for ids, new in zip(some, outs)]
-    return answers
+        outs += generate(model, prompts[at:at + batch_size], max_new_tokens, temperature,
+                         seed=seed + at, eos_id=eos_id)
+    return outs
+
+
+def respond(model, tok: Tokenizer, dialogs, max_new_tokens: int = 90, temperature: float = 0.0,
+            seed: int = 0) -> list[str]:
+    """The answers, as text, to dialogues whose last message is a user's."""
+    prompts = [encode_dialog(tok, messages)[0] for messages in dialogs]
+    outs = generate_batches(model, prompts, max_new_tokens, temperature, seed, tok.eos_id)
+    return [text_after(tok, ids, new) for ids, new in zip(prompts, outs)]
 
 
 def text_after(tok: Tokenizer, prompt: list[int], ids: list[int]) -> str:
@@ -496,13 +503,18 @@ def text_after(tok: Tokenizer, prompt: list[int], ids: list[int]) -> str:
     return without_tags(tok.decode(prompt + ids)[len(tok.decode(prompt)):])
 
 
+def by_length(indices, rows, size: int) -> list[list[int]]:
+    """Indices of rows in parts of at most `size`, like lengths together: little padding."""
+    order = sorted(indices, key=lambda i: len(rows[i]))
+    return [order[at:at + size] for at in range(0, len(order), size)]
+
+
 @torch.inference_mode()
 def score_rows(model: RewardModel, rows, batch_size: int = 256) -> list[float]:
     """The scores of token lists of any lengths, each at its last token."""
-    order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), [0.0] * len(rows)
-    for at in range(0, len(order), batch_size):
-        some = order[at:at + batch_size]
-        for i, value in zip(some, last_scores(model, [rows[i] for i in some]).tolist()):
+    scores = [0.0] * len(rows)
+    for part in by_length(range(len(rows)), rows, batch_size):
+        for i, value in zip(part, last_scores(model, [rows[i] for i in part]).tolist()):
             scores[i] = value
     return scores
 
@@ -696,6 +708,20 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
+def processes() -> tuple[int, int]:
+    """(rank, world) of this process in the group, if there is one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def everyones(items: list) -> list:
+    """The items of all processes, in the order in which items[rank::world] was dealt."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
 def all_sum(tensor):
     """Sum over all processes, in place."""
     if dist.is_initialized():
@@ -825,7 +851,7 @@ def fit(model, batches, loss_sum, count, config, log=None, state=None, keep=None
     save_every. `state` is what keep(**state) was given every save_every steps: training goes on
     from there. tokens: in a batch, for the log.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     device = next(model.parameters()).device
     optimizer = adamw(model, config.lr, config.weight_decay, config.beta1, config.beta2, config.eps)
     first, mean = 0, None

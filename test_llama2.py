@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -2042,8 +2043,8 @@ def test_ppo_finds_the_token_that_is_rewarded(tok, monkeypatch):
     prompts = rlhf.draw_prompts(config, 1, 64, tok, ARGS.max_seq_len)
 
     def share():
-        answers = rlhf.sample_answers(policy, prompts, 4, 1.0, config, 5, tok.eos_id)
-        return sum(a.count(wanted) for some in answers for a in some) / (4 * 4 * len(prompts))
+        answers = rlhf.sample_answers(policy, prompts, 1.0, config, 5, tok.eos_id, 4)
+        return sum(a.count(wanted) for a in answers) / (4 * 4 * len(prompts))
 
     before = share()
     rlhf.ppo(policy, tok, [critic], prompts, [], config)
@@ -2071,13 +2072,9 @@ def test_the_best_finished_answer_is_kept_and_more_samples_raise_the_maximum(tok
     policy, models = make_model(vocab_size=tok.vocab_size), rlhf.load_judges(judges, "cpu")
     prompts = rlhf.draw_prompts(config, 1, 10, tok, ARGS.max_seq_len)
     _, rewards = rlhf.sample_best(policy, tok, models, prompts, 1.0, config, seed=4)
-    answers = rlhf.sample_answers(policy, prompts, 8, 1.0, config, 4, tok.eos_id)
-    scores = llama2.score_rows(
-        models[0], [p["tokens"] + a for p, some in zip(prompts, answers) for a in some]
-    )
-    safe = llama2.score_rows(
-        models[1], [p["tokens"] + a for p, some in zip(prompts, answers) for a in some]
-    )
+    answers = rlhf.sample_answers(policy, prompts, 1.0, config, 4, tok.eos_id, 8)
+    rows = [prompts[i // 8]["tokens"] + a for i, a in enumerate(answers)]
+    scores, safe = (llama2.score_rows(model, rows) for model in models)
     for i, p in enumerate(prompts):
         for k in range(8):
             h, s = scores[8 * i + k], safe[8 * i + k]
@@ -2106,7 +2103,7 @@ def test_the_pool_keeps_the_best_of_all_versions(tok, judges):
 
 
 def test_all_versions_run_are_scored_and_resume(tmp_path, base, judges, capsys, monkeypatch):
-    monkeypatch.setattr(rlhf, "generate", ends)
+    monkeypatch.setattr(llama2, "generate", ends)
     config = rlhf.Settings(
         init=str(base),
         rm=str(judges),
@@ -2203,8 +2200,8 @@ def test_two_processes_do_rlhf_like_one(tmp_path, base, judges, method):
     )
     script = tmp_path / "answers.py"
     script.write_text(
-        "import sys; sys.path.insert(0, '.')\nimport train_rlhf as r\n"
-        "r.generate = lambda m, prompts, n, t, seed, eos_id: "
+        "import sys; sys.path.insert(0, '.')\nimport llama2, train_rlhf as r\n"
+        "llama2.generate = lambda m, prompts, n, t, seed, eos_id: "
         "[[5 + len(p) % 7, 9 + sum(p) % 5, eos_id] for p in prompts]\n"
         "r.run_script(r.main, r.Settings, r.PAPER)\n"
     )
@@ -2241,7 +2238,7 @@ def test_rejection_sampling_runs_alone_and_its_samples_teach_another_model(
     )
     with pytest.raises(ValueError, match="ended within --max-new-tokens 1:"):
         rlhf.main(replace(config, max_new_tokens=1))
-    monkeypatch.setattr(rlhf, "generate", ends)
+    monkeypatch.setattr(llama2, "generate", ends)
     figures = rlhf.main(config)
     assert figures["max"] >= figures["median"] and figures["prompts"] == 8
     assert load(tmp_path / "rs")[0].args.max_seq_len == ARGS.max_seq_len
@@ -2271,7 +2268,7 @@ def test_with_prompts_of_ones_own_labels_refresh_the_reward_models(
         out=str(tmp_path / "rlhf"),
         **RLHF_RUN | dict(versions=1, iterations=1),
     )
-    monkeypatch.setattr(rlhf, "generate", ends)
+    monkeypatch.setattr(llama2, "generate", ends)
     metrics = rlhf.main(config)
     shown = capsys.readouterr().out
     assert ("the reward models stay as they are" in shown) is not labelled
@@ -2328,6 +2325,38 @@ def test_a_bad_prompt_is_named_by_file_and_line(tmp_path, tok, record, words):
     with pytest.raises(ValueError) as e:
         rlhf.read_prompts(llama2.read_json(path), tok, 64)
     assert f"{path}:2" in str(e.value) and words in str(e.value)
+
+
+def test_what_is_given_is_checked_before_a_finished_run_gives_way(
+    tmp_path, base, judges, monkeypatch
+):
+    out = tmp_path / "rlhf"
+    config = rlhf.Settings(
+        init=str(base),
+        rm=str(judges),
+        prompts=str(rlhf_prompts(tmp_path)),
+        out=str(out),
+        **RLHF_RUN | dict(versions=1, iterations=0),
+    )
+    monkeypatch.setattr(llama2, "generate", ends)
+    rlhf.main(config)
+    kept = (out / "v1/consolidated.00.pth").read_bytes()
+    good = dict(prompt="Say 1.", chosen="1 it is.", rejected="No.")
+    labels = write_jsonl(tmp_path / "bad-labels.jsonl", [good, dict(good, rating="much")])
+    asked = write_jsonl(tmp_path / "bad-prompts.jsonl", [dict(prompt="fine"), "x"])
+    again = replace(config, overwrite=True)
+    for bad, where in (
+        (replace(again, labels=(str(labels),)), f"{labels}:2"),
+        (replace(again, prompts=str(asked)), f"{asked}:2"),
+        (replace(again, init=str(tmp_path / "none")), "no checkpoint"),
+        (replace(again, rm=str(tmp_path / "none")), "no checkpoint"),
+        (replace(again, prompts="", base=str(tmp_path / "none")), "no checkpoint"),
+        (replace(again, method="ppo", out=str(out / "v1"), prompts=str(asked)), f"{asked}:2"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(where)):
+            rlhf.main(bad)
+        assert (out / "v1/consolidated.00.pth").read_bytes() == kept
+    assert (out / "summary.txt").exists()
 
 
 # ---------------------------------------------------------------------------------------- bad input

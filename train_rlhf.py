@@ -38,9 +38,10 @@ import train_rm as rm
 import train_sft as sft
 from data import tinytown
 from llama2 import (Log, RewardModel, Transformer, adamw, all_sum, as_messages, autocast,
-                    begin_run, check_same_settings, encode_dialog, end_run, generate, load,
-                    open_run, read_json, require, run_script, save, save_resume, score_rows, setup,
-                    text_after, wilson, write_json, write_summary)
+                    begin_run, by_length, check_same_settings, encode_dialog, end_run, everyones,
+                    generate_batches, load, open_run, processes, read_json, require, run_script,
+                    save, save_resume, score_rows, setup, text_after, wilson, write_json,
+                    write_summary)
 
 
 @dataclass
@@ -113,12 +114,17 @@ def combined_reward(helpfulness, safety, is_safety):
     return torch.where(gated, safety, helpfulness), gated
 
 
+def masked_mean(x, mask):
+    """The mean of x where mask is True, over all processes."""
+    total, count = all_sum(torch.stack([(x * mask).sum(), mask.sum().to(x)]))
+    return total / count.clamp(min=1)
+
+
 def whiten(x, mask=None):
     """x, with mean 0 and variance 1 where mask is True, over all processes; 0 elsewhere."""
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    count, total = all_sum(torch.stack([mask.sum().to(x), (x * mask).sum()]))
-    mean = total / count
-    variance = all_sum(((x - mean).square() * mask).sum()) / count
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean).square(), mask)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
@@ -158,13 +164,21 @@ def read_prompts(records, tok, context: int) -> list[dict]:
     return prompts
 
 
-def draw_prompts(config, version: int, count: int, tok, context: int) -> list[dict]:
+def read_given(config, tok, context: int):
+    """The prompts of --prompts, None without; all of --labels is checked before any training."""
+    for file in config.labels:
+        if not rm.read_pairs(read_json(file), tok, context)[0]:
+            raise ValueError(f"{file}: no pair to learn from")
+    return read_prompts(read_json(config.prompts), tok, context) if config.prompts else None
+
+
+def draw_prompts(config, version: int, count: int, tok, context: int, given=None) -> list[dict]:
     """`count` prompts for a version (0: held out for early stopping): other ones each time."""
-    if not config.prompts:
+    if given is None:
         asked = tinytown.preference_prompts(tinytown.town(config.seed), count,
                                             1000 * config.seed + 10 + version)
         return read_prompts((("Tinytown", record) for record in asked), tok, context)
-    prompts = read_prompts(read_json(config.prompts), tok, context)
+    prompts = given[:]
     random.Random(config.seed).shuffle(prompts)
     held_out = min(VALIDATION, math.ceil(len(prompts) / 10)) if len(prompts) > 1 else 0
     rest = prompts[held_out:]
@@ -172,13 +186,10 @@ def draw_prompts(config, version: int, count: int, tok, context: int) -> list[di
         f"{config.seed} {version}").sample(rest, min(count, len(rest)))
 
 
-def sample_answers(model, prompts, count, temperature, config, seed, eos_id, batch=256):
-    """[[ids of an answer, ...], ...]: `count` answers to each prompt, in large batches."""
-    repeated, outs = [p["tokens"] for p in prompts for _ in range(count)], []
-    for at in range(0, len(repeated), batch):
-        outs += generate(model, repeated[at:at + batch], config.max_new_tokens, temperature,
-                         seed=seed + at, eos_id=eos_id)
-    return [outs[i:i + count] for i in range(0, len(outs), count)]
+def sample_answers(model, prompts, temperature, config, seed, eos_id, count=1) -> list[list[int]]:
+    """The ids of `count` answers to each prompt, one behind the other."""
+    repeated = [p["tokens"] for p in prompts for _ in range(count)]
+    return generate_batches(model, repeated, config.max_new_tokens, temperature, seed, eos_id)
 
 
 # ----------------------------------------------------------------------------- rejection sampling
@@ -189,10 +200,12 @@ def best_of(answers, rewards, eos_id) -> int:
 
 def sample_best(policy, tok, judges, prompts, temperature, config, seed):
     """([best sample of each prompt, None if all are cut off], rewards (N, K))."""
-    answers = sample_answers(policy, prompts, config.samples, temperature, config, seed, tok.eos_id)
-    rows = [p["tokens"] + ids for p, several in zip(prompts, answers) for ids in several]
-    tags = [p["is_safety"] for p in prompts for _ in range(config.samples)]
-    rewards = judge_rows(judges, rows, tags)[0].view(len(prompts), -1)          # (N, K)
+    K = config.samples
+    answers = sample_answers(policy, prompts, temperature, config, seed, tok.eos_id, K)
+    repeated = [p for p in prompts for _ in range(K)]
+    rewards = judge_rows(judges, [p["tokens"] + ids for p, ids in zip(repeated, answers)],
+                         [p["is_safety"] for p in repeated])[0].view(-1, K)     # (N, K)
+    answers = [answers[at:at + K] for at in range(0, len(answers), K)]
     best = []
     for prompt, several, row in zip(prompts, answers, rewards.tolist()):
         ids = several[best_of(several, row, tok.eos_id)]
@@ -211,7 +224,7 @@ def choose_temperature(policy, tok, judges, prompts, config, seed) -> tuple[floa
     maxima = {}
     for temperature in sorted(map(float, config.temperatures)):
         rewards = sample_best(policy, tok, judges, prompts, temperature, config, seed)[1]
-        maxima[temperature] = torch.tensor(rm.everyones(rewards.amax(1).tolist()))      # (N,)
+        maxima[temperature] = torch.tensor(everyones(rewards.amax(1).tolist()))      # (N,)
     best = max(maxima.values(), key=lambda some: some.mean().item())
     for temperature, some in maxima.items():
         behind = best - some
@@ -246,13 +259,13 @@ def tune(model, records, config, seed, log=None):
 
 def rejection_sampling(policy, tok, judges, prompts, config, seed, earlier=(), log=None) -> dict:
     """One version, in place; returns its best samples, its pool and figures."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     mine = prompts[rank::world]
     few = mine[:max(1, len(mine) // 8)]
     temperature, sweep = choose_temperature(policy, tok, judges, few, config, seed + rank)
     best, rewards = sample_best(policy, tok, judges, mine, temperature, config,
                                 seed + 10 ** 6 * (1 + rank))
-    best, rewards = rm.everyones(best), torch.tensor(rm.everyones(rewards.tolist()))
+    best, rewards = everyones(best), torch.tensor(everyones(rewards.tolist()))
     best = [record for record in best if record]
     if not best:
         raise ValueError(f"no answer of {config.init} ended within --max-new-tokens "
@@ -270,10 +283,10 @@ def fresh_pairs(config, version, newest, tok, context):
     """Records of preferences for a version: the annotator's, of the newest models, or a file's."""
     if config.prompts:
         return [record for _, record in read_json(config.labels[version - 2])]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     asked = tinytown.preference_prompts(tinytown.town(config.seed), config.pairs,
                                         1000 * config.seed + 100 + version)
-    answers = rm.everyones(rm.collect(newest, tok, [a["prompt"] for a in asked][rank::world],
+    answers = everyones(rm.collect(newest, tok, [a["prompt"] for a in asked][rank::world],
                                       (0.7, 1.0, 1.2), 1000 * config.seed + 100 * version + rank))
     rng = random.Random(f"annotator {config.seed} {version}")
     return [tinytown.compare(rng, a, *two) for a, two in zip(asked, answers)]
@@ -341,12 +354,6 @@ def values_of(model, rows, starts, R):
     return values.float().gather(1, at)                                         # (B, R)
 
 
-def parts_of(indices, rows, micro_batch) -> list[list[int]]:
-    """Indices in micro-batches of rows of like length: little padding."""
-    order = sorted(indices, key=lambda i: len(rows[i]))
-    return [order[at:at + micro_batch] for at in range(0, len(order), micro_batch)]
-
-
 def token_rewards(scores, kl, mask, beta):
     """rewards (B, R): -beta kl a token, and scores (B,) on each answer's last. Eq. 4."""
     rewards = -beta * kl * mask
@@ -380,18 +387,11 @@ def value_loss(values, old_values, returns, mask, clip_eps: float):
     return 0.5 * (worse * mask).sum()
 
 
-def mean_over(x, mask) -> float:
-    """Mean of x where mask is True, over all processes."""
-    total, count = all_sum(torch.stack([(x * mask).sum(), mask.sum().to(x)]))
-    return (total / count.clamp(min=1)).item()
-
-
 @torch.no_grad()
 def roll_out(policy, reference, value_model, judges, tok, prompts, config, seed):
     """Answers to prompts and all that an update takes: (batch of tensors, statistics, texts)."""
     device, clock = next(policy.parameters()).device, [time.time()]
-    answers = [a[0] for a in sample_answers(policy, prompts, 1, config.temperature, config, seed,
-                                            tok.eos_id)]
+    answers = sample_answers(policy, prompts, config.temperature, config, seed, tok.eos_id)
     clock.append(time.time())
     rows, starts = [p["tokens"] + a for p, a in zip(prompts, answers)], [len(p["tokens"])
                                                                        for p in prompts]
@@ -403,7 +403,7 @@ def roll_out(policy, reference, value_model, judges, tok, prompts, config, seed)
     mask = torch.arange(R, device=device) < lengths[:, None]                    # (B, R)
 
     old, entropy, past, values = torch.zeros(4, len(rows), R, device=device)     # (B, R) each
-    for part in parts_of(range(len(rows)), rows, 4 * config.micro_batch):
+    for part in by_length(range(len(rows)), rows, 4 * config.micro_batch):
         r = int(lengths[part].max())
         some = [rows[i] for i in part], [starts[i] for i in part], r
         old[part, :r], entropy[part, :r] = policy_terms(policy, *some, config.temperature)
@@ -418,14 +418,15 @@ def roll_out(policy, reference, value_model, judges, tok, prompts, config, seed)
     returns = advantages + values
     clock.append(time.time())
     everyone = torch.ones_like(reward, dtype=torch.bool)
-    residual = mean_over((returns - values).square(), mask)
-    spread = mean_over(returns.square(), mask) - mean_over(returns, mask) ** 2
+    residual = masked_mean((returns - values).square(), mask).item()
+    spread = (masked_mean(returns.square(), mask) - masked_mean(returns, mask) ** 2).item()
+    means = dict(reward=(reward, everyone), helpfulness=(helpful, everyone),
+                 safety=(safe, everyone), gated=(gated.float(), everyone),
+                 kl=(kl.sum(1), everyone), kl_k1=(kl, mask), kl_k3=(torch.expm1(-kl) + kl, mask),
+                 entropy=(entropy, mask), length=(lengths.float(), everyone),
+                 eos=(finished.float(), everyone))
     stats = dict(
-        reward=mean_over(reward, everyone), helpfulness=mean_over(helpful, everyone),
-        safety=mean_over(safe, everyone), gated=mean_over(gated.float(), everyone),
-        kl=mean_over(kl.sum(1), everyone), kl_k1=mean_over(kl, mask),
-        kl_k3=mean_over(torch.expm1(-kl) + kl, mask), entropy=mean_over(entropy, mask),
-        length=mean_over(lengths.float(), everyone), eos=mean_over(finished.float(), everyone),
+        **{name: masked_mean(*of).item() for name, of in means.items()},
         explained_variance=1 - residual / max(spread, 1e-8),
         **{f"s_{name}": round(b - a, 2) for name, a, b in
            zip(("generate", "score", "forward"), clock, clock[1:])})
@@ -436,7 +437,7 @@ def roll_out(policy, reference, value_model, judges, tok, prompts, config, seed)
 
 def update(engines, optimizers, batch, config, seed) -> dict:
     """One gradient step a mini-batch on policy and value model; returns statistics."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = processes()[1]
     rows, starts, lengths, mask = (batch[key] for key in ("rows", "starts", "lengths", "mask"))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     size = config.mini_batch // world
@@ -445,7 +446,7 @@ def update(engines, optimizers, batch, config, seed) -> dict:
     for at in range(0, len(order), size):
         chosen = order[at:at + size]
         count = all_sum(mask[chosen].sum().float())
-        parts = parts_of(chosen, rows, config.micro_batch)
+        parts = by_length(chosen, rows, config.micro_batch)
         for i, part in enumerate(parts):
             R = max(lengths[j] for j in part)
             some, begins = [rows[j] for j in part], [starts[j] for j in part]
@@ -462,7 +463,7 @@ def update(engines, optimizers, batch, config, seed) -> dict:
             outside = ((ratio - 1).abs() > config.clip_eps) & m
             sums += torch.stack([loss.detach(), error.detach(), outside.sum(), m.sum()])
             if first_ratio is None:
-                first_ratio = mean_over(ratio.detach(), m)
+                first_ratio = masked_mean(ratio.detach(), m).item()
         for engine, optimizer in zip(engines, optimizers):
             norm = nn.utils.clip_grad_norm_(engine.parameters(), config.grad_clip)
             skipped += not norm.isfinite()
@@ -476,14 +477,13 @@ def update(engines, optimizers, batch, config, seed) -> dict:
 
 def look(policy, judges, tok, prompts, config) -> dict:
     """{"held_out": mean logit(Rc), "truth": the annotator's points, if known} on prompts."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     mine = prompts[rank::world]
-    answers = [a[0] for a in sample_answers(policy, mine, 1, config.temperature, config, 7 + rank,
-                                            tok.eos_id)]
+    answers = sample_answers(policy, mine, config.temperature, config, 7 + rank, tok.eos_id)
     rewards = judge_rows(judges, [p["tokens"] + a for p, a in zip(mine, answers)],
                          [p["is_safety"] for p in mine])[0].tolist()
-    texts = rm.everyones([text_after(tok, p["tokens"], a) for p, a in zip(mine, answers)])
-    rewards = rm.everyones(rewards)
+    texts = everyones([text_after(tok, p["tokens"], a) for p, a in zip(mine, answers)])
+    rewards = everyones(rewards)
     found = dict(held_out=sum(rewards) / len(rewards))
     if not config.prompts:
         found["truth"] = sum(map(tinytown.quality, prompts, texts)) / len(prompts)
@@ -496,7 +496,7 @@ def ppo(policy, tok, judges, prompts, held_out, config, log=None, state=None, ke
     judges: [helpfulness, ...]; state is what keep(**state) was given: with it, training goes on as
     if it had never stopped, for what an iteration samples depends on the seed and its number alone.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     reference, value_model = copy.deepcopy(policy), copy.deepcopy(judges[0])
     models = [policy, value_model]
     optimizers = [adamw(model, lr, config.weight_decay, config.beta1, config.beta2, config.eps)
@@ -513,12 +513,11 @@ def ppo(policy, tok, judges, prompts, held_out, config, log=None, state=None, ke
         if log:
             log.write(0, **best)
     engines = [DistributedDataParallel(m) if world > 1 else m for m in models]
+    n, order = len(prompts), []
+    for epoch in range(math.ceil(config.iterations * config.batch_size / n)):
+        order += random.Random(f"{config.seed} {epoch}").sample(range(n), n)
     for step in range(first, config.iterations):
-        order = [i for epoch in range(2 + config.batch_size // len(prompts)) for i in random.Random(
-            f"{config.seed} {step * config.batch_size // len(prompts) + epoch}").sample(
-                range(len(prompts)), len(prompts))]
-        at = step * config.batch_size % len(prompts)
-        some = [prompts[i] for i in order[at:at + config.batch_size]]
+        some = [prompts[i] for i in order[step * config.batch_size:][:config.batch_size]]
         seed = 1000 * config.seed + 10 ** 5 * step
         batch, stats, texts = roll_out(policy, reference, value_model, judges, tok,
                                        some[rank::world], config, seed + rank)
@@ -574,7 +573,7 @@ def judged(model, tok, judges, asked, ids, sft_model, config) -> dict:
     rows, starts = [p["tokens"] + a for p, a in zip(asked, ids)], [len(p["tokens"]) for p in asked]
     kl = 0.0
     with torch.no_grad():
-        for part in parts_of(range(len(rows)), rows, 64):
+        for part in by_length(range(len(rows)), rows, 64):
             some = ([rows[i] for i in part], [starts[i] for i in part],
                     max(len(ids[i]) for i in part))
             new, old = (policy_terms(m, *some, config.temperature)[0] for m in (model, sft_model))
@@ -601,8 +600,7 @@ def scoreboard(config, folders: dict, judges, device) -> tuple[list[str], dict]:
                                                 config.temperature)):
         rows = {}
         for name, (model, _) in models.items():
-            ids = [a[0] for a in sample_answers(model, asked, 1, temperature, config, 1,
-                                                tok.eos_id)]
+            ids = sample_answers(model, asked, temperature, config, 1, tok.eos_id)
             rows[name] = judged(model, tok, judges, asked, ids, sft_model, config)
         sft_row = rows["SFT"]
         for name, row in rows.items():
@@ -650,17 +648,14 @@ def check(config, world):
         raise ValueError("--labels needs --prompts: on Tinytown the annotator gives the labels")
 
 
-def one_version(config, method, folder, version, policy, tok, judges, earlier, rank):
+def one_version(config, method, folder, version, policy, tok, judges, earlier, given) -> dict:
     """Train a version in place by one method into its folder, unsaved; returns its figures."""
-    state = None
-    if (folder / "resume.pt").exists() and config.resume:
-        state = torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
-    elif rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    rank, context = processes()[0], policy.args.max_seq_len
+    folder, state = open_run(replace(config, out=str(folder)))
+    if rank == 0 and not state:
         begin_run(folder, config)
-    context = policy.args.max_seq_len
     if method == "rejection-sampling":
-        prompts = draw_prompts(config, version, config.prompts_a_version, tok, context)
+        prompts = draw_prompts(config, version, config.prompts_a_version, tok, context, given)
         done = rejection_sampling(policy, tok, judges, prompts, config,
                                   10 ** 7 * config.seed + 10 ** 4 * version, earlier,
                                   lambda steps: Log(folder, steps, quiet=rank > 0))
@@ -668,17 +663,20 @@ def one_version(config, method, folder, version, policy, tok, judges, earlier, r
             tinytown.write_records(folder / "best.jsonl", done["best"])
             tinytown.write_records(folder / "pool.jsonl", done["pool"])
         return done["figures"]
-    prompts = draw_prompts(config, version, config.batch_size * config.iterations, tok, context)
-    held_out = draw_prompts(config, 0, VALIDATION, tok, context)
+    prompts = draw_prompts(config, version, config.batch_size * config.iterations, tok, context,
+                           given)
+    held_out = draw_prompts(config, 0, VALIDATION, tok, context, given)
     log = Log(folder, config.iterations, state["step"] if state else 0, quiet=rank > 0)
     return ppo(policy, tok, judges, prompts, held_out, config, log, state,
                keep=lambda **s: save_resume(folder, **s) if rank == 0 else None)
 
 
-def run_versions(config, out, device, rank, world, say) -> dict:
+def run_versions(config, out, device, rank, world, say):
     """V1, V2, ..., each in its folder; those that are finished are not run again."""
     policy, tok = load(config.init, device, kind=Transformer)
     judges, older, earlier = load_judges(config.rm, device), policy, []
+    given = read_given(config, tok, policy.args.max_seq_len)
+    open_versions(config, out, rank, world)         # all that is given can be read: now make way
     seen = Path(config.rm) / "preferences.jsonl"
     seen = [record for _, record in read_json(seen)] if seen.exists() else []
     for version in range(1, config.versions + 1 + (config.iterations > 0)):
@@ -705,7 +703,7 @@ def run_versions(config, out, device, rank, world, say) -> dict:
                     for kind, judge in zip(rm.KINDS, judges):
                         save(folder / "rm" / kind, judge, tok)
             figures |= one_version(config, method, folder, version, policy, tok, judges, earlier,
-                                   rank)
+                                   given)
             figures["seconds"] = time.time() - began
             say(f"V{version}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()
                                             if isinstance(value, float | int)))
@@ -719,7 +717,6 @@ def run_versions(config, out, device, rank, world, say) -> dict:
             seen += [record for _, record in read_json(files["preferences"])]
         if files["best"].exists():
             earlier.append([record for _, record in read_json(files["best"])])
-    return judges
 
 
 def open_versions(config, out, rank, world):
@@ -738,19 +735,20 @@ def open_versions(config, out, rank, world):
         write_json(out / "config.json", asdict(config))
 
 
-def score_versions(config, out, device, judges=None) -> tuple[list[str], dict]:
-    """Put base, SFT and the versions in `out` on the scoreboard."""
+def score_versions(config, out, device) -> tuple[list[str], dict]:
+    """Put base, SFT and the versions in `out` on the scoreboard, by the newest reward models."""
     versions = sorted(folder for folder in out.glob("v[0-9]*")
                       if (folder / "consolidated.00.pth").exists())
     newest = next((f / "rm" for f in reversed(versions) if (f / "rm").exists()), config.rm)
     folders = {} if config.base == "none" else {"base": config.base}
     folders |= {"SFT": config.init} | {f.name.upper(): f for f in versions}
-    lines, figures = scoreboard(config, folders, judges or load_judges(newest, device), device)
+    lines, figures = scoreboard(config, folders, load_judges(newest, device), device)
+    Path(config.scoreboard).parent.mkdir(parents=True, exist_ok=True)
     write_json(config.scoreboard, figures)
     return lines, figures
 
 
-def distill(config, out, device, rank, say) -> list[str]:
+def distill(config, device, rank) -> dict:
     """Fine-tune --init on the best samples of a larger model's version (§3.2.3)."""
     file = Path(config.distill_from) / "pool.jsonl"
     if not file.exists():
@@ -772,7 +770,7 @@ def distill(config, out, device, rank, say) -> list[str]:
     if rank == 0:
         end_run(out, [f"{config.init} -> {out}: {len(records)} samples of {config.distill_from}, "
                       f"last loss {loss:.3f}"], model, tok)
-    return {}
+    return dict(loss=loss)
 
 
 def main(config: Settings) -> dict:
@@ -786,26 +784,27 @@ def main(config: Settings) -> dict:
         print("\n".join(lines))
         return metrics
     if config.distill_from:
-        return distill(config, out, device, rank, say)
+        return distill(config, device, rank)
     if config.prompts and not config.labels:
         say("no annotator and no --labels: the reward models stay as they are")
     if config.method != "all":
-        open_run(config)
         policy, tok = load(config.init, device, kind=Transformer)
-        judges = load_judges(config.rm, device)
-        figures = one_version(config, config.method, out, 1, policy, tok, judges, (), rank)
+        figures = one_version(config, config.method, out, 1, policy, tok,
+                              load_judges(config.rm, device), (),
+                              read_given(config, tok, policy.args.max_seq_len))
         if rank == 0:
             end_run(out, [f"{name}: {value}" for name, value in figures.items()]
                     + [f"{time.time() - began:.0f} s in all"], policy, tok)
         return figures
-    open_versions(config, out, rank, world)
-    judges = run_versions(config, out, device, rank, world, say)
+    if not config.prompts and config.base != "none":
+        load(config.base, kind=Transformer)     # the scoreboard needs it: find out now if it cannot
+    run_versions(config, out, device, rank, world, say)
     metrics, lines = {}, []
     if rank == 0:
         for folder in sorted(out.glob("v[0-9]*")):
             metrics[folder.name] = json.loads((folder / "figures.json").read_text())
         if not config.prompts:
-            lines, metrics["scoreboard"] = score_versions(config, out, device, judges)
+            lines, metrics["scoreboard"] = score_versions(config, out, device)
         lines += ["", f"{time.time() - began:.0f} s in all"]
         write_summary(out, lines)
     return metrics

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 
 from data import tinytown
 from llama2 import (Log, RewardModel, Transformer, as_messages, begin_run, check_same_settings,
-                    encode_dialog, fit, last_scores, load, open_run, read_json, require, respond,
-                    run_script, save, save_resume, score_rows, setup, wilson, write_json,
+                    encode_dialog, everyones, fit, last_scores, load, open_run, read_json, require,
+                    respond, run_script, save, save_resume, score_rows, setup, wilson, write_json,
                     write_summary)
 
 
@@ -213,15 +213,6 @@ def collect(variants, tok, prompts, temperatures, seed: int) -> list[tuple[str, 
             for i, text in zip(some, texts):
                 answers[i][side] = text
     return [tuple(rng.sample(both, 2)) for both in answers]
-
-
-def everyones(items: list) -> list:
-    """The items of all processes, in the order in which items[rank::world] was dealt."""
-    if not dist.is_initialized():
-        return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 def answer_pairs(config, prompts, device, rank=0, world=1) -> list[tuple[str, str]]:

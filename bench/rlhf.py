@@ -93,15 +93,9 @@ def hacking(given, out):
             folder = run / "v5"
             if changes:
                 folder = out / f"hacking-{name.replace(' ', '-').replace(',', '')}-{seed}"
-                folder.mkdir(parents=True, exist_ok=True)
-                config = settings(given, seed, patience=1000, **changes)
                 policy, tok = load(run / "v4")
-                prompts = rlhf.draw_prompts(config, 5, config.batch_size * config.iterations, tok,
-                                            policy.args.max_seq_len)
-                held_out = rlhf.draw_prompts(config, 0, rlhf.VALIDATION, tok,
-                                             policy.args.max_seq_len)
-                rlhf.ppo(policy, tok, rlhf.load_judges(run / "v5/rm", "cpu"), prompts, held_out,
-                         config, rlhf.Log(folder, config.iterations))
+                rlhf.one_version(settings(given, seed, patience=1000, **changes), "ppo", folder, 5,
+                                 policy, tok, rlhf.load_judges(run / "v5/rm", "cpu"), (), None)
             print(f"\n{name}, seed {seed}: iteration, KL, reward, truth, length")
             for row in map(json.loads, (folder / "metrics.jsonl").open()):
                 if "truth" in row:
@@ -116,15 +110,13 @@ def forgetting(given, out):
     for seed in given.seeds:
         alone = settings(given, seed, pool="last", iterations=0, out=str(out / f"last-{seed}"))
         if not (Path(alone.out) / "v4").exists():
-            rlhf.open_versions(alone, Path(alone.out), 0, 1)
             rlhf.run_versions(alone, Path(alone.out), torch.device("cpu"), 0, 1, print)
         for pool, folder in (("all", out / f"seed-{seed}"), ("last", Path(alone.out))):
             for version in range(1, alone.versions + 1):
                 model, tok = load(folder / f"v{version}")
                 asked = rlhf.read_prompts((("", p) for p in tinytown.held_out_prompts(
                     tinytown.town(seed), rlhf.HELD_OUT_OF_A_KIND)), tok, model.args.max_seq_len)
-                ids = [a[0] for a in rlhf.sample_answers(model, asked, 1, 1.0, alone, 1,
-                                                         tok.eos_id)]
+                ids = rlhf.sample_answers(model, asked, 1.0, alone, 1, tok.eos_id)
                 found = {kind: [] for kind in kinds}
                 for p, a in zip(asked, ids):
                     text = rlhf.text_after(tok, p["tokens"], a)
