@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-STAGES = pretrain sft rm rlhf
+STAGES = pretrain sft rm rlhf gatt
 
-all: out/rlhf/summary.txt
+all: out/gatt/consolidated.00.pth
 	@for stage in $(STAGES); do printf '\n== %s\n' $$stage; cat out/$$stage/summary.txt; done
 	@echo; for stage in $(STAGES); do printf '%-10s' $$stage; tail -n 1 out/$$stage/summary.txt; done
 
@@ -26,6 +26,17 @@ out/rm/summary.txt: | out/sft/consolidated.00.pth
 out/rlhf/summary.txt: | out/rm/summary.txt
 	$(BIN)/python train_rlhf.py --resume
 
+# Ghost Attention comes after V3, as in the paper; V4 and V5 go on from V3 itself
+out/gatt/consolidated.00.pth: | out/rlhf/summary.txt
+	$(BIN)/python train_sft.py --ghost-attention --resume
+
+# §4.2.3, after all that; a minute
+out/distill/consolidated.00.pth: | out/gatt/consolidated.00.pth
+	$(BIN)/python train_sft.py --distill --resume
+
+distill: out/distill/consolidated.00.pth
+	@cat out/distill/summary.txt
+
 test: .venv/ready
 	$(BIN)/python -m pytest -q test_llama2.py
 
@@ -46,7 +57,17 @@ preferences: .venv/ready
 rlhf-seeds rlhf-curves rlhf-hacking rlhf-forgetting: rlhf-%: .venv/ready
 	$(BIN)/python bench/rlhf.py $*
 
+# §3.3: Ghost Attention on more dialogues, three seeds, after rlhf-seeds; Fig. 9, after all
+ghost-seeds ghost-attention: ghost-%: .venv/ready
+	$(BIN)/python bench/ghost.py $*
+
+# §4.2, §4.3: distillation after ghost-seeds, safety data scaling after upsampling, a round of red
+# teaming after rlhf-seeds; three seeds each
+safety-distillation safety-scaling safety-red-team: safety-%: .venv/ready
+	$(BIN)/python bench/safety.py $*
+
 clean:
 	rm -rf out
 
-.PHONY: all test upsampling quality preferences rlhf-seeds rlhf-curves rlhf-hacking rlhf-forgetting clean
+.PHONY: all test distill upsampling quality preferences rlhf-seeds rlhf-curves rlhf-hacking \
+	rlhf-forgetting ghost-seeds ghost-attention safety-distillation safety-scaling safety-red-team clean

@@ -178,17 +178,30 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, args.n_kv_heads * self.hd, bias=False)
         self.wo = nn.Linear(args.n_heads * self.hd, args.dim, bias=False)
 
-    def forward(self, x, turns, mask, cache, layer):
+    def forward(self, x, turns, mask, cache, layer, weights=None):
         q = self.wq(x).unflatten(-1, (-1, self.hd))                             # (B, T, H, hd)
         k = self.wk(x).unflatten(-1, (-1, self.hd))                             # (B, T, K, hd)
         v = self.wv(x).unflatten(-1, (-1, self.hd)).transpose(1, 2)             # (B, K, T, hd)
         q, k = rotate(q, turns).transpose(1, 2), rotate(k, turns).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)                                    # (B, K, S, hd)
+        if weights is not None:
+            weights.append(attention_weights(q, k, mask))                       # (B, H, T, S)
         # is_causal aligns queries and keys top left: right without a cache, wrong for a later chunk
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                              enable_gqa=k.size(1) != q.size(1))
         return self.wo(out.transpose(1, 2).flatten(2))          # (B, H, T, hd) -> (B, T, D)
+
+
+def attention_weights(q, k, mask):
+    """What attention weighs the values with, (B, H, T, S), of q (B, H, T, hd), k (B, K, S, hd).
+
+    To be looked at (Fig. 9); the model's own path never forms them.
+    """
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)                      # (B, H, S, hd)
+    scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5                          # (B, H, T, S)
+    mask = torch.ones_like(scores, dtype=torch.bool).tril() if mask is None else mask
+    return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
 
 class FeedForward(nn.Module):
@@ -211,8 +224,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x, turns, mask, cache, layer):
-        x = x + self.attention(self.attention_norm(x), turns, mask, cache, layer)
+    def forward(self, x, turns, mask, cache, layer, weights=None):
+        x = x + self.attention(self.attention_norm(x), turns, mask, cache, layer, weights)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -235,8 +248,11 @@ class Transformer(nn.Module):
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(p, std=(p.size(1) * (2 * args.n_layers if residual else 1)) ** -0.5)
 
-    def hidden(self, tokens, cache: KVCache | None = None):
-        """tokens (B, T) -> the last layer's output, normed, (B, T, D); see `forward`."""
+    def hidden(self, tokens, cache: KVCache | None = None, weights: list | None = None):
+        """tokens (B, T) -> the last layer's output, normed, (B, T, D); see `forward`.
+
+        weights: a list to which each layer's attention weights (B, H, T, S) are added.
+        """
         T = tokens.size(1)
         if cache is not None:
             positions, mask = cache.positions_and_mask(T)
@@ -247,7 +263,7 @@ class Transformer(nn.Module):
         turns = rotations(self.args, positions)
         x = self.tok_embeddings(tokens)                                         # (B, T, D)
         for layer, block in enumerate(self.layers):
-            x = block(x, turns, mask, cache, layer)
+            x = block(x, turns, mask, cache, layer, weights)
         if cache is not None:
             cache.used += T
         return self.norm(x)

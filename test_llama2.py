@@ -2359,6 +2359,351 @@ def test_what_is_given_is_checked_before_a_finished_run_gives_way(
     assert (out / "summary.txt").exists()
 
 
+# ----------------------------------------------------------------------------------- Ghost Attention
+FOX = [dict(kind="animal", instruction="Be the fox.", obeyed_if=[r"^The fox says: ?"])]
+
+
+def test_a_ghost_example_by_hand_token_by_token(letters):
+    turns = [("a", "fb"), ("c", "fd"), ("e", "fg")]
+    tokens, mask = sft.ghost_example(letters, sft.lay_out("i", turns, everywhere=False))
+    parts = [  # the instruction in the first turn alone, the mask on the last answer alone
+        ("[INST] i a [/INST]", 0, " fb ", 0),
+        ("[INST] c [/INST]", 0, " fd ", 0),
+        ("[INST] e [/INST]", 0, " fg ", 1),
+    ]
+    expected, counts = [], []
+    for asked, _, answer, learned in parts:
+        prompt = letters.encode(asked, bos=True)
+        whole = letters.encode(asked + answer, bos=True, eos=True)
+        expected += whole
+        counts += [0] * len(prompt) + [learned] * (len(whole) - len(prompt))
+    assert tokens == expected and mask == counts
+    spelt_out = [letters.decode([t]) for t, m in zip(tokens, mask) if m]
+    assert "".join(spelt_out).replace(" ", "") == "fg" and tokens[-1] == letters.eos_id
+    assert sum(mask) == mask[-sum(mask) :].count(1) > 2
+
+
+def test_the_instruction_is_joined_to_every_message_to_sample_and_kept_in_the_first_to_learn():
+    turns = [("q1", "a1"), ("q2", None)]
+    sampled, learned = (sft.lay_out("Be the fox.", turns, everywhere) for everywhere in (1, 0))
+    assert [m["content"] for m in sampled] == ["Be the fox. q1", "a1", "Be the fox. q2"]
+    assert [m["content"] for m in learned] == ["Be the fox. q1", "a1", "q2"]
+
+
+def test_answers_that_disobey_are_thrown_away_by_the_rule_and_counted(tok, monkeypatch):
+    seen = []
+
+    def respond(model, tok, dialogs, *_):
+        seen.append([[m["content"] for m in d] for d in dialogs])
+        good = len(seen) != 2  # in the second turn nobody obeys
+        return [f"The fox says: {d[-1]['content'][-2:]}" if good else "No." for d in dialogs]
+
+    monkeypatch.setattr(sft, "respond", respond)
+    users, config = [["q1", "q2", "q3"], ["r1", "r2"]], sft.Settings(history=200)
+    model = make_model(max_seq_len=300)
+    made = sft.ghost_dialogs(model, tok, users, FOX, config)
+    assert made["sampled"] == 5 and made["disobeyed"] == 2
+    assert [m["content"] for m in made["dialogs"][0]] == [
+        "Be the fox. q1",
+        "The fox says: q1",
+        "q3",
+        "The fox says: q3",
+    ]
+    assert seen[2] == [["Be the fox. q1", "The fox says: q1", "Be the fox. q3"]]
+    assert [len(d) for d in made["dialogs"]] == [4, 2]
+    seen.clear()
+    config = sft.Settings(history=1)  # no room for what was said: the newest message alone is read
+    sft.ghost_dialogs(model, tok, users, FOX, config)
+    assert seen[2] == [["Be the fox. q3"]]
+    seen.clear()
+    drawn = [("Be the fox.", FOX)] * 2  # examined, it reads its own answers, the bad ones too
+    done, disobeyed = sft.converse(model, tok, users, drawn, sft.Settings(max_new_tokens=4), False)
+    assert disobeyed == 2 and done[0][1] == ("q2", "No.")
+    assert seen[2] == [["Be the fox. q1", "The fox says: q1", "q2", "No.", "q3"]]
+
+
+def test_a_dialogue_for_which_the_context_is_full_ends_in_empty_answers(tok, monkeypatch):
+    monkeypatch.setattr(
+        sft, "respond", lambda m, t, dialogs, *_: ["The fox says: hm."] * len(dialogs)
+    )
+    done, disobeyed = sft.converse(
+        make_model(max_seq_len=64),
+        tok,
+        [["What is it?"] * 9],
+        [("Be the fox.", FOX)],
+        sft.Settings(max_new_tokens=8),
+        False,
+    )
+    answers = [answer for _, answer in done[0]]
+    assert len(answers) == 9 and answers[0] and not answers[-1]
+    assert answers == sorted(answers, reverse=True) and disobeyed == answers.count("")
+
+
+def test_ghost_examples_stand_alone_and_nothing_is_lost_in_mixing():
+    some = [([1] * n, [0] * n) for n in range(2, 130)]
+    batches = sft.apart(some, 4, seed=3)
+    rows = [row for batch in batches for row in batch]
+    assert all(len(row) == 1 for row in rows) and sorted(sum(rows, [])) == list(range(128))
+    spread = [max(batch)[0] - min(batch)[0] for batch in batches]  # like lengths: little padding
+    assert sum(spread) / len(spread) < 12
+    assert batches != sft.apart(some, 4, seed=4)
+    examples, mixed = sft.mingle(1, (some, batches), (["a", "b"], [[[0, 1]]]))
+    assert len(mixed) == len(batches) + 1 and [[128, 129]] in mixed and examples[128:] == ["a", "b"]
+    assert all(batch in mixed for batch in batches) and mixed != [*batches, [[128, 129]]]
+
+
+def test_each_sampled_dialogue_gives_beginnings_of_itself(tok):
+    turns = [(f"q{i}", f"a{i}") for i in range(9)]
+    found = sft.ghost_examples(tok, [sft.lay_out("i", turns, False)], seed=1)
+    whole = sft.ghost_example(tok, sft.lay_out("i", turns, False))
+    assert found[-1] == whole and 1 < len(found) <= 4
+    assert all(tokens == whole[0][: len(tokens)] for tokens, _ in found)
+    assert all(mask[-1] == 1 and mask.index(1) == len(mask) - sum(mask) for _, mask in found)
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ("x", 'expected an object with an "instruction"'),
+        (dict(terse="x"), 'expected an object with an "instruction"'),
+        (dict(instruction="Be [/INST] kind."), "part of the chat format"),
+        (dict(instruction="Be kind.", terse="<<SYS>>"), "part of the chat format"),
+        (dict(instruction="Be kind.", obeyed_if="(kind"), "unterminated subpattern"),
+        (dict(instruction="Be kind.", obeyed_if=[3]), "must be"),
+    ],
+)
+def test_a_bad_instruction_or_a_forged_tag_in_it_is_refused_by_file_and_line(
+    tmp_path, tok, record, words
+):
+    path = write_jsonl(tmp_path / "i.jsonl", [dict(instruction="Be brief."), record])
+    with pytest.raises(ValueError) as e:
+        sft.read_instructions(path, tok)
+    assert f"{path}:2" in str(e.value) and words in str(e.value)
+
+
+def test_tinytowns_instructions_are_obeyed_by_their_writers_and_unseen_ones_are_unseen():
+    truth, rng = tinytown.town(1), random.Random(1)
+    known, unseen = tinytown.instructions(), tinytown.instructions(held_out=True)
+    assert {r["obeyed_if"][0] for r in known}.isdisjoint(r["obeyed_if"][0] for r in unseen)
+    assert {r["kind"] for r in known} == {r["kind"] for r in unseen} == set(tinytown.INSTRUCTIONS)
+    combined = terse = 0
+    for _ in range(300):
+        asked = tinytown.prompt(rng, truth)
+        state = rng.getstate()
+        text, records = tinytown.combine(rng, known)
+        rng.setstate(state)
+        user, assistant = (m["content"] for m in tinytown.instructed(rng, asked, known))
+        assert user == f"{text} {asked['prompt']}" and sft.obeys(assistant, records)
+        plain = tinytown.without_marks(assistant, records)
+        assert tinytown.judge(asked, plain)["correct"] and not sft.obeys(plain, records)
+        combined += len(records) == 2
+        terse += any(record["terse"] in text for record in records)
+        others = [r for r in known if r["obeyed_if"] not in [c["obeyed_if"] for c in records]]
+        assert not sft.obeys(assistant, [rng.choice(others)])
+    assert 60 < combined < 140 and 100 < terse < 200
+
+
+def test_each_turn_of_the_conversations_asks_the_same_questions():
+    some = tinytown.conversations(tinytown.town(1), 30, 20, held_out=True)
+    questions = [sorted(c[turn]["prompt"] for c in some) for turn in range(20)]
+    assert len(some) == 30 and all(q == questions[0] for q in questions)
+    assert len({tuple(a["prompt"] for a in c) for c in some}) == 30
+
+
+GHOST_RUN = SFT_RUN | dict(
+    ghost_attention=True, conversations=6, turns=3, context=250, examined=2, max_new_tokens=6
+)
+
+
+def obedient(model, tok, dialogs, *_, **__):
+    """Answers that obey the one instruction in sight, wherever it stands."""
+    return ["The fox says: it is." if "fox" in str(d) else "It is." for d in dialogs]
+
+
+def test_ghost_attention_trains_on_dialogues_and_instructions_of_ones_own(
+    tmp_path, base, monkeypatch, capsys
+):
+    dialogs = [dict(messages=say("One?", "It is.", f"Two {i}?", "It is.")) for i in range(8)]
+    config = sft.Settings(
+        init=str(base),
+        out=str(tmp_path / "gatt"),
+        data=(str(write_jsonl(tmp_path / "d.jsonl", dialogs)),),
+        instructions=str(write_jsonl(tmp_path / "i.jsonl", FOX)),
+        **GHOST_RUN,
+    )
+    with pytest.raises(ValueError, match="go together"):
+        sft.main(replace(config, instructions=""))
+    with pytest.raises(ValueError, match="no answer of .* obeys"):
+        sft.main(config)
+    monkeypatch.setattr(sft, "respond", obedient)
+    metrics = sft.main(config)
+    assert metrics["sampled"] == 12 and metrics["disobeyed"] == 0
+    assert "12 answers sampled" in (tmp_path / "gatt/summary.txt").read_text()
+    made = json.loads((tmp_path / "gatt/ghost.json").read_text())["dialogs"]
+    assert len(made) == 6 and all("fox" not in d[2]["content"] for d in made)
+    assert load(config.out)[0].args.max_seq_len == 250
+    new, old = (load(f)[0].state_dict() for f in (config.out, base))
+    assert furthest(new, old) > 0
+    assert furthest(load(tmp_path / "gatt/teacher")[0].state_dict(), old) == 0
+    with pytest.raises(ValueError, match="finished run"):
+        sft.main(config)
+
+
+def test_ghost_attention_on_tinytown_is_examined_and_resumes_exactly(
+    tmp_path, base, monkeypatch, capsys
+):
+    monkeypatch.setattr(sft, "INSTRUCTED", 20)
+    monkeypatch.setattr(sft, "ORDINARY", 6)
+    monkeypatch.setattr(sft, "REPLAYED", {"arithmetic": 5})
+    monkeypatch.setattr(sft, "respond", obedient)
+    monkeypatch.setattr(
+        tinytown, "instructions", lambda *_, **__: [FOX[0] | dict(answer="The fox says: {a}")]
+    )
+    config = sft.Settings(init=str(base), out=str(tmp_path / "one"), save_every=1, **GHOST_RUN)
+    metrics = sft.main(config)
+    assert metrics["disobeyed"] == 0 and list(metrics["judged"]) == [
+        "before",
+        "instructed",
+        "after",
+    ]
+    obeyed = metrics["examined"]["after"]["trained instructions"]["obeyed"]
+    assert len(obeyed) == len(sft.EXAMINED) and obeyed[0] == 1.0
+    shown = capsys.readouterr().out
+    assert "share of dialogues, at turn" in shown and "without any instruction" in shown
+    finetune, calls = sft.finetune, []
+
+    def dies(*args, **how):
+        calls.append(1)
+        if len(calls) == 2:  # in Ghost Attention's own fine-tuning, behind its first save
+            keep = how["keep"]
+            how["keep"] = lambda **state: (keep(**state), 1 / 0)
+        return finetune(*args, **how)
+
+    monkeypatch.setattr(sft, "finetune", dies)
+    two = replace(config, out=str(tmp_path / "two"))
+    with pytest.raises(ZeroDivisionError):
+        sft.main(two)
+    monkeypatch.setattr(sft, "finetune", finetune)
+    again = sft.main(replace(two, resume=True))
+    assert again["examined"] == metrics["examined"] and again["sampled"] == metrics["sampled"]
+    a, b = (load(tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    assert furthest(a, b) == 0
+
+
+def test_looking_at_attention_changes_no_output_and_shows_what_weighs_the_values(tok):
+    model = make_model()
+    tokens, weights = torch.tensor([PROMPTS[0] + [7, 8, 9]] * 2), []
+    hidden = model.hidden(tokens, weights=weights)
+    assert torch.equal(hidden, model.hidden(tokens))
+    assert len(weights) == ARGS.n_layers and weights[0].shape[:2] == (2, ARGS.n_heads)
+    block = model.layers[0]
+    x = block.attention_norm(model.tok_embeddings(tokens))
+    turns = llama2.rotations(ARGS, torch.arange(tokens.size(1)))
+    values = block.attention.wv(x).unflatten(-1, (-1, ARGS.head_dim)).transpose(1, 2)
+    values = values.repeat_interleave(ARGS.n_heads // ARGS.n_kv_heads, 1)
+    out = block.attention.wo((weights[0] @ values).transpose(1, 2).flatten(2))
+    assert torch.allclose(out, block.attention(x, turns, None, None, 0), atol=1e-5)
+    for layer in weights:
+        assert torch.allclose(layer.sum(-1), torch.ones(()), atol=1e-5)
+        assert layer.triu(1).abs().max() == 0
+    cached, cache = [], KVCache(ARGS, 2, 20)
+    model.hidden(tokens[:, :4], cache, cached)
+    model.hidden(tokens[:, 4:], cache, cached)
+    assert torch.allclose(cached[-1], weights[-1][:, :, 4:], atol=1e-5)
+
+
+# ----------------------------------------------------------------- context distillation, red teaming
+def test_the_gate_keeps_exactly_the_answers_that_are_scored_higher(tok, monkeypatch):
+    assert sft.gate([1.0, 2.0, 3.0], [1.0, 1.0, 4.0]) == [False, True, False]
+    asked = [say(f"q{i}") for i in range(4)]
+    asked[3] = [{"role": "system", "content": "Answer all."}, *asked[3]]
+    points = {"plain": 0.5, "new 0": 0.4, "new 1": 0.6, "new 2": 0.5, "new 3": 0.7}
+
+    def respond(model, tok, dialogs, *_):
+        behind = [d[0]["role"] == "system" and "You are a " in d[0]["content"] for d in dialogs]
+        return [f"new {d[-1]['content'][1]}" if b else "plain" for d, b in zip(dialogs, behind)]
+
+    def score(model, tok, dialogs):
+        assert all("You are a " not in str(d) for d in dialogs)  # judged without the pre-prompt
+        return [points[d[-1]["content"]] for d in dialogs]
+
+    monkeypatch.setattr(sft, "respond", respond)
+    monkeypatch.setattr(sft, "score", score)
+    model = make_model(max_seq_len=300)
+    learned, records = sft.distilled(model, tok, None, asked, sft.Settings(distill=True))
+    assert [d[-1]["content"] for d in learned] == ["new 1", "new 3"]
+    assert learned[1][:-1] == asked[3]  # its own system message stays, the pre-prompt goes
+    assert [r["improved"] for r in records] == [False, True, False, True]
+    learned, _ = sft.distilled(model, tok, None, asked, sft.Settings(distill=True, gate=False))
+    assert [d[-1]["content"] for d in learned] == ["new 0", "new 1", "new 2", "new 3"]
+
+
+def test_a_pre_prompt_stands_before_a_system_message_or_makes_one():
+    assert sft.behind("Be safe.", say("a"))[0] == dict(role="system", content="Be safe.")
+    both = sft.behind("Be safe.", say("a", system="Be brief."))
+    assert both[0]["content"] == "Be safe. Be brief." and both[1:] == say("a")
+    rng = random.Random(1)
+    texts = {tinytown.pre_prompt(rng) for _ in range(50)}
+    assert len(texts) > 30 and all(
+        len(set(re.findall(r"\w+", text)) & set(tinytown.ADJECTIVES)) == 2 for text in texts
+    )
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_distillation_runs_from_prompts_to_a_model(
+    tmp_path, base, judges, monkeypatch, capsys, own
+):
+    monkeypatch.setattr(sft, "ORDINARY", 6)
+    monkeypatch.setattr(sft, "REPLAYED", {"arithmetic": 5})
+    monkeypatch.setattr(sft, "judge_safety", lambda *_, **__: {row: 0.5 for row in sft.SAFETY})
+    records = [dict(prompt="Say a."), dict(messages=say("Say b.", "b"))] * 5
+    records += [dict(prompt="Too long. " * 99)] * own
+    save(
+        tmp_path / "wide",
+        make_model(vocab_size=load(base)[1].vocab_size, max_seq_len=400),
+        load(base)[1],
+    )
+    config = sft.Settings(
+        init=str(tmp_path / "wide"),
+        rm=str(judges / "safety"),
+        out=str(tmp_path / "d"),
+        data=(str(write_jsonl(tmp_path / "p.jsonl", records)),) * own,
+        distill=True,
+        prompts=10,
+        **SFT_RUN | dict(max_new_tokens=4, temperature=1.0),
+    )
+    metrics = sft.main(config)
+    kept = [r for _, r in llama2.read_json(tmp_path / "d/distilled.jsonl")]
+    assert len(kept) == metrics["prompts"] == 10
+    assert metrics["learned"] <= metrics["improved"] == sum(r["improved"] for r in kept) > 0
+    new, old = (load(f)[0].state_dict() for f in (config.out, config.init))
+    assert furthest(new, old) > 0
+    assert ("violations, attacks" in capsys.readouterr().out) is not own
+    with pytest.raises(ValueError, match="holds a language model, expected a reward model"):
+        sft.main(replace(config, rm=str(base), out=str(tmp_path / "e")))
+    with pytest.raises(ValueError, match="two runs"):
+        sft.main(replace(config, ghost_attention=True, out=str(tmp_path / "e")))
+
+
+def test_attacks_ask_for_crimes_in_five_ways_and_held_out_wordings_are_other_ones():
+    truth, rng = tinytown.town(1), random.Random(1)
+    frames = {True: set(), False: set()}
+    for how in tinytown.ATTACKS:
+        for held_out in (True, False):
+            for kind in ("unsafe", "borderline"):
+                for _ in range(30):
+                    asked = tinytown.attack(rng, truth, how, kind, held_out)
+                    messages = asked["prompt"]
+                    assert asked["q"] in messages[-1]["content"] and asked["kind"] == kind
+                    assert llama2.as_messages(messages) is messages
+                    assert (messages[0]["role"] == "system") is (how == "system prompt")
+                    assert (len(messages) > 2) is (how == "lead-up")
+                    frames[held_out].add(messages[-1]["content"].replace(asked["q"], "{q}"))
+                    good = tinytown.good_answer(rng, asked)
+                    assert tinytown.judge(asked, good)["correct"]
+    assert frames[True].isdisjoint(frames[False]) and len(frames[False]) > 10
+
+
 # ---------------------------------------------------------------------------------------- bad input
 def expect_one_line(capsys, monkeypatch, config, *words, script=pretrain):
     """The command ends with exit code 2 and one line that has these words."""
