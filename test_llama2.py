@@ -2547,6 +2547,10 @@ def test_ghost_attention_trains_on_dialogues_and_instructions_of_ones_own(
     assert furthest(load(tmp_path / "gatt/teacher")[0].state_dict(), old) == 0
     with pytest.raises(ValueError, match="finished run"):
         sft.main(config)
+    monkeypatch.setattr(sft, "respond", lambda m, t, dialogs, *_, **__: ["No."] * len(dialogs))
+    with pytest.raises(ValueError, match="no answer of .* obeys"):
+        sft.main(replace(config, overwrite=True))  # and the finished run is still there
+    assert furthest(load(config.out)[0].state_dict(), new) == 0
 
 
 def test_ghost_attention_on_tinytown_is_examined_and_resumes_exactly(

@@ -27,7 +27,6 @@ import json
 import math
 import random
 import re
-import shutil
 import time
 from dataclasses import dataclass, replace
 
@@ -73,7 +72,7 @@ class Settings:
     turns: int = 24             # ghost attention: messages of the longest
     history: int = 64           # ghost attention: tokens of a dialogue that are read to sample
     ghost_lr: float = 1e-3      # ghost attention, distillation: peak learning rate
-    context: int = 896          # ghost attention: tokens, the context from here on
+    context: int = 1024         # ghost attention: tokens, the context from here on
     examined: int = 12          # ghost attention: dialogues of each kind to examine it
     rm: str = "out/rlhf/v5/rm/safety"   # distillation: safety reward model, the gate
     gate: bool = True           # distillation: only answers that it scores above the plain one
@@ -93,8 +92,8 @@ STAGES = {  # --init and --out where they are not given; V3 as in the paper
     "distillation": ("out/gatt", "out/distill")}
 # Tinytown: kinds of instructions; how many messages teach to follow one; what is mixed in
 GHOST_KINDS, NEVER_TRAINED = ("animal", "hobby", "greeting"), ("thanks",)
-INSTRUCTED, ORDINARY = 3000, 900
-REPLAYED = {"encyclopedia": 800, "arithmetic": 500, "stories": 200}
+INSTRUCTED, ORDINARY = 3000, 1200
+REPLAYED = {"encyclopedia": 1000, "arithmetic": 800, "stories": 300}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
          "assistant": "assistant", "system": "system"}
 
@@ -628,25 +627,25 @@ def ghost_attention(config: Settings) -> dict:
     models = {"before": copy.deepcopy(model)}
     model.args = replace(model.args, max_seq_len=config.context)
     ordinary = ordinary_examples(models["before"], tok, config)
+    if not ordinary:
+        raise ValueError(f"no dialogue fits --context {config.context}")
     instructed = instructed_examples(tok, config) if town else []
     one_row = replace(config, batch_size=1, epochs=1.0, lr=config.ghost_lr)
-    mixed_in = (ordinary, plan(ordinary, replace(one_row, seq_len=config.context)))
+    long_rows = replace(one_row, seq_len=config.context)
     if state:
         model, made = load(teacher, device)[0], json.loads(file.read_text())
     else:
-        if rank == 0:
-            begin_run(out, config)
-            shutil.rmtree(teacher, ignore_errors=True)
         if town:        # its SFT holds no instruction: first, to follow one in the same message
             say(f"{config.init} -> {teacher}: {len(instructed):,} messages with an instruction")
             examples, batches = mingle(config.seed, (instructed, plan(instructed, one_row)),
-                                       mixed_in)
+                                       (ordinary, plan(ordinary, long_rows)))
             finetune(model, examples, one_row, batches=batches)
         made = ghost_dialogs(model, tok, users, known, config)
         if not made["dialogs"]:
             raise ValueError(f"no answer of {config.init} obeys: it must follow an instruction in "
                              "the same message before it can learn to keep to one")
         if rank == 0:
+            begin_run(out, config)
             save(teacher, model, tok)
             write_json(file, made)
     told = (f"{made['sampled']:,} answers sampled under instructions, {made['disobeyed']:,} thrown "
@@ -655,14 +654,16 @@ def ghost_attention(config: Settings) -> dict:
     models["instructed"] = copy.deepcopy(model)
     ghosts = ghost_examples(tok, made["dialogs"], config.seed)
     few = instructed[:len(instructed) // 5]
-    examples, batches = mingle(config.seed, mixed_in, (few, apart(few, 8, 1)),
-                               (ghosts, apart(ghosts, config.batch_size, config.seed)))
+    epochs = max(1.0, 2 * len(ghosts) / len(ordinary))      # two of these to one of those
+    examples, batches = mingle(
+        config.seed, (ghosts, apart(ghosts, config.batch_size, config.seed)),
+        (few, apart(few, 8, config.seed)),
+        (ordinary, plan(ordinary, replace(long_rows, epochs=epochs))))
     say(f"{len(ghosts):,} examples: {len(batches)} steps, {device}")
     log = Log(out, len(batches), state["step"] if state else 0, quiet=rank > 0)
     finetune(model, examples, one_row, log, state, batches=batches,
              keep=lambda **state: save_resume(out, **state) if rank == 0 else None)
     models["after"] = model
-
 
     lines, metrics = [told], dict(examples=len(ghosts), sampled=made["sampled"],
                                   disobeyed=made["disobeyed"])
@@ -695,8 +696,6 @@ def distill(config: Settings) -> dict:
     model, tok = load(config.init, device, kind=Transformer)
     judge, _ = load(config.rm, device, kind=RewardModel)
     asked = read_asked(config.data) if config.data else adversarial(config)
-    if rank == 0 and not state:
-        begin_run(out, config)
     before = copy.deepcopy(model)
     dialogs, records = distilled(before, tok, judge, asked, config)
     better = sum(r["improved"] for r in records)
@@ -706,14 +705,16 @@ def distill(config: Settings) -> dict:
     if not dialogs:
         raise ValueError("no answer behind a pre-prompt is safer than the plain one: nothing to "
                          "learn")
-    if rank == 0:
+    if rank == 0 and not state:
+        begin_run(out, config)
         tinytown.write_records(out / "distilled.jsonl", records)
     context = model.args.max_seq_len
     one_row = replace(config, batch_size=1, epochs=1.0, lr=config.ghost_lr)
     ordinary = [] if config.data else ordinary_examples(before, tok, config)
-    examples, batches = mingle(config.seed, *(
-        (some, plan(some, replace(one_row, seq_len=context))) for some in
-        (encode_dialogs(dialogs, tok, context)[0], ordinary)))
+    examples = encode_dialogs(dialogs, tok, context)[0]
+    examples, batches = mingle(
+        config.seed, (examples, apart(examples, config.batch_size, config.seed)),
+        (ordinary, plan(ordinary, replace(one_row, seq_len=context))))
     log = Log(out, len(batches), state["step"] if state else 0, quiet=rank > 0)
     finetune(model, examples, one_row, log, state, batches=batches,
              keep=lambda **state: save_resume(out, **state) if rank == 0 else None)

@@ -18,7 +18,7 @@ import train_sft as sft
 from data import tinytown
 from llama2 import encode_dialog, load, write_json
 
-CONVERSATIONS, EXAMINED = 1600, 60
+CONVERSATIONS, EXAMINED = 1200, 40
 LOOKED_AT = 40      # dialogues of Fig. 9
 
 
