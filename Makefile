@@ -52,8 +52,8 @@ quality: .venv/ready
 preferences: .venv/ready
 	$(BIN)/python bench/rm.py
 
-# §3.2.3, §3.4: whole runs, after preferences; then PPO without its penalty, and the last version's
-# samples alone: 12, 8 and 6 minutes. Fig. 7 and 8, after all: 3 minutes
+# §3.2.3, §3.4: whole runs, after preferences, 12 minutes; then PPO without its penalty, 3 minutes a
+# seed, and the last version's samples alone, 4 minutes. Fig. 7 and 8, after all
 rlhf-seeds rlhf-curves rlhf-hacking rlhf-forgetting: rlhf-%: .venv/ready
 	$(BIN)/python bench/rlhf.py $*
 

@@ -2635,8 +2635,8 @@ def test_the_gate_keeps_exactly_the_answers_that_are_scored_higher(tok, monkeypa
     monkeypatch.setattr(sft, "score", score)
     model = make_model(max_seq_len=300)
     learned, records = sft.distilled(model, tok, None, asked, sft.Settings(distill=True))
-    assert [d[-1]["content"] for d in learned] == ["new 1", "new 3"]
-    assert learned[1][:-1] == asked[3]  # its own system message stays, the pre-prompt goes
+    assert [d[-1]["content"] for d in learned] == ["plain", "new 1", "plain", "new 3"]
+    assert learned[3][:-1] == asked[3]  # its own system message stays, the pre-prompt goes
     assert [r["improved"] for r in records] == [False, True, False, True]
     learned, _ = sft.distilled(model, tok, None, asked, sft.Settings(distill=True, gate=False))
     assert [d[-1]["content"] for d in learned] == ["new 0", "new 1", "new 2", "new 3"]
@@ -2679,7 +2679,7 @@ def test_distillation_runs_from_prompts_to_a_model(
     metrics = sft.main(config)
     kept = [r for _, r in llama2.read_json(tmp_path / "d/distilled.jsonl")]
     assert len(kept) == metrics["prompts"] == 10
-    assert metrics["learned"] <= metrics["improved"] == sum(r["improved"] for r in kept) > 0
+    assert metrics["improved"] == sum(r["improved"] for r in kept) > 0
     new, old = (load(f)[0].state_dict() for f in (config.out, config.init))
     assert furthest(new, old) > 0
     assert ("violations, attacks" in capsys.readouterr().out) is not own

@@ -74,7 +74,7 @@ class Settings:
     ghost_lr: float = 1e-3      # ghost attention, distillation: peak learning rate
     context: int = 1024         # ghost attention: tokens, the context from here on
     examined: int = 12          # ghost attention: dialogues of each kind to examine it
-    rm: str = "out/rlhf/v5/rm/safety"   # distillation: safety reward model, the gate
+    rm: str = "out/rlhf/v4/rm/safety"   # distillation: safety model, the newest that judged V3
     gate: bool = True           # distillation: only answers that it scores above the plain one
     prompts: int = 1200         # distillation: how many
     temperature: float = 0.3    # of what the two sample to learn from
@@ -542,7 +542,11 @@ def adversarial(config) -> list[list[dict]]:
 
 
 def distilled(model, tok, judge, asked, config) -> tuple[list[list[dict]], list[dict]]:
-    """(dialogues to learn, a record of each prompt that fits the context behind a pre-prompt)."""
+    """(dialogues to learn, a record of each prompt that fits the context behind a pre-prompt).
+
+    Where the gate declines, the plain answer stands: the model is to stay there as it is. Leaving
+    such prompts out would leave hardly anything but refusals.
+    """
     rng, context = random.Random(f"pre-prompts {config.seed}"), model.args.max_seq_len
     rank, world = processes()
     prefixed = [behind(tinytown.pre_prompt(rng), messages) for messages in asked]
@@ -557,8 +561,9 @@ def distilled(model, tok, judge, asked, config) -> tuple[list[list[dict]], list[
     improved = gate(*scores)
     records = [dict(prompt=messages, distilled=a, plain=b, scores=two, improved=better)
                for messages, a, b, two, better in zip(asked, new, plain, zip(*scores), improved)]
-    return [d for d, text, better in zip(both[0], new, improved)
-            if text and (better or not config.gate)], records
+    chosen = [(d, text) if better or not config.gate else (old, answer) for d, text, old, answer,
+              better in zip(both[0], new, both[1], plain, improved)]
+    return [d for d, text in chosen if text], records
 
 
 SAFETY = {  # row of the table -> (kind of prompts, how they are asked, judgement, what is counted)
@@ -700,9 +705,10 @@ def distill(config: Settings) -> dict:
     dialogs, records = distilled(before, tok, judge, asked, config)
     better = sum(r["improved"] for r in records)
     told = (f"{len(records):,} prompts answered behind a pre-prompt and without: the safety model "
-            f"prefers the former's answer to {better:,}; {len(dialogs):,} are learned")
+            f"prefers the former for {better:,}"
+            + ("" if config.gate else "; without a gate, all of them are learned"))
     say(told)
-    if not dialogs:
+    if not better:
         raise ValueError("no answer behind a pre-prompt is safer than the plain one: nothing to "
                          "learn")
     if rank == 0 and not state:
@@ -718,7 +724,7 @@ def distill(config: Settings) -> dict:
     log = Log(out, len(batches), state["step"] if state else 0, quiet=rank > 0)
     finetune(model, examples, one_row, log, state, batches=batches,
              keep=lambda **state: save_resume(out, **state) if rank == 0 else None)
-    lines, metrics = [told], dict(prompts=len(records), improved=better, learned=len(dialogs))
+    lines, metrics = [told], dict(prompts=len(records), improved=better)
     if not config.data:
         pre_prompt = tinytown.pre_prompt(random.Random(config.seed))
         metrics["safety"] = {

@@ -20,7 +20,7 @@ from data import tinytown
 from llama2 import load, respond
 
 SHARES = (0, 0.01, 0.1, 0.25, 0.5, 1.0)
-HELPFUL, SAFETY = 2400, 480     # dialogues of the scaling study; safety: at 100%
+HELPFUL, SAFETY = 2000, 400     # dialogues of the scaling study; safety: at 100%
 TRIED = 200                     # attacks of each kind in a round of red teaming
 
 
@@ -75,7 +75,8 @@ def scaling(given):
                 tinytown.write_records(folder / "data.jsonl",
                                        helpful + safety[:round(share * SAFETY)])
                 sft.main(sft.Settings(init=given.bases.format(seed), seed=seed, overwrite=True,
-                                      data=(str(folder / "data.jsonl"),), out=str(folder)))
+                                      data=(str(folder / "data.jsonl"),), out=str(folder),
+                                      batch_size=2))
                 model, tok = load(folder)
                 columns.setdefault(f"{share:.0%}", []).append(sft.judge_safety(model, tok, seed))
         print(f"\nof {HELPFUL} helpful dialogues, {borderline / (72 + borderline):.0%} are "
@@ -134,7 +135,7 @@ def main():
     parser.add_argument("--bases", default="out/upsampling/weight-8-seed-{}")
     parser.add_argument("--chats", default="out/bench-ghost/{}")
     parser.add_argument("--attacked", default="out/bench-rlhf/seed-{}/v5")
-    parser.add_argument("--rms", default="out/bench-rlhf/seed-{}/v5/rm/safety")
+    parser.add_argument("--rms", default="out/bench-rlhf/seed-{}/v4/rm/safety")
     parser.add_argument("--out", default="out/bench-safety")
     given = parser.parse_args()
     {"distillation": distillation, "scaling": scaling, "red-team": red_team}[given.what](given)
