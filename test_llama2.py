@@ -1918,6 +1918,10 @@ def test_the_clipped_losses_by_hand():
     mask = torch.tensor([[True, True, False]])
     # kept near: 1.0 and 0.2; the worse: (1 - 2)^2 and (3 - 1)^2
     assert rlhf.value_loss(values, old_values, returns, mask, 0.2).item() == pytest.approx(2.5)
+    # a value that has moved far is held to what is near: 0.2 and -0.2, though 3 and -3 were better
+    values, returns = torch.tensor([[3.0, -3.0]]), torch.tensor([[2.9, -2.9]])
+    loss = rlhf.value_loss(values, torch.zeros(1, 2), returns, torch.ones(1, 2).bool(), 0.2)
+    assert loss.item() == pytest.approx(2.7**2)
 
 
 @torch.no_grad()
