@@ -350,7 +350,7 @@ def converse(model, tok, users, drawn, config, everywhere: bool, temperature=0.0
     """
     done, disobeyed = [[] for _ in users], 0
     room = model.args.max_seq_len - config.max_new_tokens
-    for turn in range(max(map(len, users))):
+    for turn in range(max(map(len, users), default=0)):
         going = [i for i, messages in enumerate(users) if turn < len(messages)]
         dialogs = []
         for i in going:

@@ -14,7 +14,9 @@ and probes: the beginning of a true sentence about each fact, worded as no artic
 For §3.1 come dialogues, clean or noisy, and prompts of five kinds: fact, sum, story, unsafe, and
 borderline (safe, with unsafe-sounding words). Held-out prompts ask, in wordings that no dialogue
 uses, for what no dialogue asks: facts (of residents that no dialogue names, and one of each other),
-sums, pairs of animals, crimes and tasks. `judge` is the annotator: it knows the truth.
+sums, pairs of animals, crimes and tasks. `judge` is the annotator: it knows the truth. For §3.3
+and §4 come instructions, each with the rule that tells whether an answer obeys, safety pre-prompts,
+and an attacker who asks for the crimes in five ways.
 
     python data/tinytown.py [FOLDER] [--seed N]     writes them, to look at (default out/tinytown)
 """
@@ -461,12 +463,12 @@ def cautious(rng, asked: dict) -> list[dict]:
 
 def instructed_dialogues(truth, count: int, seed: int = 1) -> list[dict]:
     """[{"messages": [...]}, ...] of one turn: to follow instructions, one in ten a pre-prompt."""
-    rng, out = random.Random(f"instructed {seed}"), []
+    rng, known, out = random.Random(f"instructed {seed}"), instructions(), []
     for i in range(count):
         kind = rng.choices(["fact", "sum", "story", "borderline", "unsafe"], [2, 2, 1, 2, 2])[0]
         asked = prompt(rng, truth, kind, by_annotator=True)
         out.append({"messages": cautious(rng, asked) if i % 10 == 0 else
-                    instructed(rng, asked, instructions())})
+                    instructed(rng, asked, known)})
     return out
 
 
