@@ -68,12 +68,12 @@ class Settings:
     grad_clip: float = 1.0      # largest norm of the gradient
     seed: int = 1               # of the town, the dialogues and their order
     instructions: str = ""      # ghost attention: .jsonl of {"instruction", ...}; none: Tinytown's
-    conversations: int = 600    # ghost attention: dialogues sampled under an instruction
+    conversations: int = 540    # ghost attention: dialogues sampled under an instruction
     turns: int = 24             # ghost attention: messages of the longest
     history: int = 64           # ghost attention: tokens of a dialogue that are read to sample
     ghost_lr: float = 1e-3      # ghost attention, distillation: peak learning rate
     context: int = 1024         # ghost attention: tokens, the context from here on
-    examined: int = 12          # ghost attention: dialogues of each kind to examine it
+    examined: int = 10          # ghost attention: dialogues of each kind to examine it
     rm: str = "out/rlhf/v4/rm/safety"   # distillation: safety model, the newest that judged V3
     gate: bool = True           # distillation: only answers that it scores above the plain one
     prompts: int = 1200         # distillation: how many
