@@ -73,7 +73,7 @@ class Settings:
     history: int = 64           # ghost attention: tokens of a dialogue that are read to sample
     ghost_lr: float = 1e-3      # ghost attention, distillation: peak learning rate
     context: int = 1024         # ghost attention: tokens, the context from here on
-    examined: int = 10          # ghost attention: dialogues of each kind to examine it
+    examined: int = 12          # ghost attention: dialogues of each kind to examine it
     rm: str = "out/rlhf/v4/rm/safety"   # distillation: safety model, the newest that judged V3
     gate: bool = True           # distillation: only answers that it scores above the plain one
     prompts: int = 1200         # distillation: how many
@@ -659,7 +659,7 @@ def ghost_attention(config: Settings) -> dict:
     models["instructed"] = copy.deepcopy(model)
     ghosts = ghost_examples(tok, made["dialogs"], config.seed)
     few = instructed[:len(instructed) // 5]
-    epochs = max(1.0, 2 * len(ghosts) / len(ordinary))      # two of these to one of those
+    epochs = max(2.0, 2 * len(ghosts) / len(ordinary))      # of these at least two to one of those
     examples, batches = mingle(
         config.seed, (ghosts, apart(ghosts, config.batch_size, config.seed)),
         (few, apart(few, 8, config.seed)),
