@@ -2687,6 +2687,15 @@ def test_distillation_runs_from_prompts_to_a_model(
     new, old = (load(f)[0].state_dict() for f in (config.out, config.init))
     assert furthest(new, old) > 0
     assert ("violations, attacks" in capsys.readouterr().out) is not own
+    for bad, words in (
+        (dict(prompt="Say [INST]."), "part of the chat format"),
+        (dict(prompt=say("a", "b")), "does not end with a message of the user"),
+        (dict(messages=say("a")), "the last message has no answer"),
+    ):
+        path = write_jsonl(tmp_path / "bad.jsonl", [dict(prompt="fine"), bad])
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: .*{words}"):
+            sft.main(replace(config, data=(str(path),), overwrite=True))
+    assert furthest(load(config.out)[0].state_dict(), new) == 0  # the finished run is still there
     with pytest.raises(ValueError, match="holds a language model, expected a reward model"):
         sft.main(replace(config, rm=str(base), out=str(tmp_path / "e")))
     with pytest.raises(ValueError, match="two runs"):

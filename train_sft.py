@@ -423,10 +423,7 @@ def mingle(seed, *groups):
 
 
 def ordinary_examples(model, tok, config):
-    """What is mixed in so that nothing is forgotten: dialogues and, on Tinytown, texts of §2.1."""
-    if config.data:
-        return encode_dialogs(read_dialogs(config.data, tok, config.skip_bad)[0], tok,
-                              config.context)[0]
+    """What is mixed in on Tinytown so that nothing is forgotten: answers, and texts of §2.1."""
     truth = tinytown.town(config.seed)
     asked = [as_messages(a["prompt"]) for a in
              tinytown.preference_prompts(truth, ORDINARY, config.seed)]
@@ -448,11 +445,10 @@ def instructed_examples(tok, config):
     return encode_dialogs([d["messages"] for d in dialogs], tok, config.seq_len)[0]
 
 
-def user_turns(config, tok) -> list[list[str]]:
-    """What the users say in the dialogues to sample."""
+def user_turns(config, dialogs) -> list[list[str]]:
+    """What the users say in the dialogues to sample: in --data's, or else in Tinytown's."""
     rng = random.Random(f"turns {config.seed}")
     if config.data:
-        dialogs = read_dialogs(config.data, tok, config.skip_bad)[0]
         users = [[m["content"] for m in d if m["role"] == "user"][:config.turns] for d in dialogs]
         return rng.sample(users, min(len(users), config.conversations))
     # most are short, for these cost least; without long ones the last turns would be new
@@ -518,14 +514,15 @@ def gate(new_scores, plain_scores) -> list[bool]:
     return [new > plain for new, plain in zip(new_scores, plain_scores)]
 
 
-def read_asked(paths) -> list[list[dict]]:
+def read_asked(paths, tok) -> list[list[dict]]:
     """The dialogues to distil: prompts, or dialogues whose last answer is left out."""
     asked = []
     for path in paths:
         for where, record in read_json(path):
             try:
-                asked.append(as_messages(record["prompt"]) if isinstance(record, dict) and
-                             "prompt" in record else to_messages(record)[:-1])
+                given = isinstance(record, dict) and "prompt" in record
+                asked.append(as_messages(record["prompt"] if given else to_messages(record)[:-1]))
+                encode_dialog(tok, asked[-1])
             except ValueError as e:
                 raise ValueError(f"{where}: {e}; mend it") from None
     if not asked:
@@ -628,10 +625,12 @@ def ghost_attention(config: Settings) -> dict:
     town = not config.data
     known = tinytown.instructions(GHOST_KINDS) if town else read_instructions(config.instructions,
                                                                               tok)
-    users, teacher, file = user_turns(config, tok), out / "teacher", out / "ghost.json"
+    dialogs = [] if town else read_dialogs(config.data, tok, config.skip_bad)[0]
+    users, teacher, file = user_turns(config, dialogs), out / "teacher", out / "ghost.json"
     models = {"before": copy.deepcopy(model)}
     model.args = replace(model.args, max_seq_len=config.context)
-    ordinary = ordinary_examples(models["before"], tok, config)
+    ordinary = (ordinary_examples(models["before"], tok, config) if town else
+                encode_dialogs(dialogs, tok, config.context)[0])
     if not ordinary:
         raise ValueError(f"no dialogue fits --context {config.context}")
     instructed = instructed_examples(tok, config) if town else []
@@ -700,7 +699,7 @@ def distill(config: Settings) -> dict:
     out, state = open_run(config)
     model, tok = load(config.init, device, kind=Transformer)
     judge, _ = load(config.rm, device, kind=RewardModel)
-    asked = read_asked(config.data) if config.data else adversarial(config)
+    asked = read_asked(config.data, tok) if config.data else adversarial(config)
     before = copy.deepcopy(model)
     dialogs, records = distilled(before, tok, judge, asked, config)
     better = sum(r["improved"] for r in records)
