@@ -26,7 +26,7 @@ import train_pretrain as pretrain
 import train_rlhf as rlhf
 import train_rm as reward
 import train_sft as sft
-from data import tinytown
+from tinytown import world as tinytown
 from llama2 import (
     SIZES,
     KVCache,

@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data import tinytown
+from tinytown import world as tinytown
 from llama2 import (SIZES, Log, ModelArgs, Tokenizer, Transformer, adamw, all_sum, autocast,
                     begin_run, cores, end_run, generate, lr_at, open_run, require, run_script,
                     save_resume, setup, write_atomic, write_json)

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_rm as rm
 import train_sft as sft
-from data import tinytown
+from tinytown import world as tinytown
 from llama2 import (Log, RewardModel, Transformer, adamw, all_sum, as_messages, autocast,
                     begin_run, by_length, check_same_settings, encode_dialog, end_run, everyones,
                     generate_batches, load, open_run, processes, read_json, require, run_script,

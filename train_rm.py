@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import tinytown
+from tinytown import world as tinytown
 from llama2 import (Log, RewardModel, Transformer, as_messages, begin_run, check_same_settings,
                     encode_dialog, everyones, fit, last_scores, load, open_run, read_json, require,
                     respond, run_script, save, save_resume, score_rows, setup, wilson, write_json,

@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import tinytown
+from tinytown import world as tinytown
 from llama2 import (Log, RewardModel, Transformer, as_messages, autocast, begin_run, by_length,
                     encode_dialog, end_run, everyones, fit, load, open_run, processes, read_json,
                     require, respond, run_script, save, save_resume, score, setup, write_json)

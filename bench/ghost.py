@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import train_sft as sft
-from data import tinytown
+from tinytown import world as tinytown
 from llama2 import encode_dialog, load, write_json
 
 CONVERSATIONS, EXAMINED = 1200, 40

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import train_rlhf as rlhf
-from data import tinytown
+from tinytown import world as tinytown
 from llama2 import load, write_json
 
 COLUMNS = {     # of the scoreboard -> heading; those in PLAIN are no shares

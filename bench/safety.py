@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_sft as sft
-from data import tinytown
+from tinytown import world as tinytown
 from llama2 import load, respond
 
 SHARES = (0, 0.01, 0.1, 0.25, 0.5, 1.0)

@@ -18,7 +18,7 @@ sums, pairs of animals, crimes and tasks. `judge` is the annotator: it knows the
 and §4 come instructions, each with the rule that tells whether an answer obeys, safety pre-prompts,
 and an attacker who asks for the crimes in five ways.
 
-    python data/tinytown.py [FOLDER] [--seed N]     writes them, to look at (default out/tinytown)
+    python tinytown/world.py [FOLDER] [--seed N]     writes them, to look at (default out/tinytown)
 """
 import argparse
 import itertools
