@@ -1,5 +1,11 @@
-"""Tests in the order of the pipeline. A test's name is a claim; its reference is slow and obvious."""
+"""Tests in the order of the pipeline. A test's name is a claim; its reference is slow and obvious.
 
+    contents    fixtures · llama2.py · tinytown/ · data/ · common/ · the four scripts · evaluate/
+                then the contracts that all stages keep: resuming, processes, micro-batches, bad
+                input, finished runs; the house's own rules; and a walk through the whole
+"""
+
+import ast
 import cmath
 import copy
 import gzip
@@ -13,8 +19,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +33,10 @@ import train_pretrain as pretrain
 import train_rlhf as rlhf
 import train_rm as reward
 import train_sft as sft
-from tinytown import world as tinytown
+from common import run as runs
+from common import training
+from data import corpus, distillation, ghost_attention, preferences, records
+from evaluate import answers, percent_table, reward_models, scoreboard, wilson
 from llama2 import (
     SIZES,
     KVCache,
@@ -44,6 +54,8 @@ from llama2 import (
     save,
     stream,
 )
+from tinytown import annotator, prompts, world
+from tinytown.__main__ import every_file
 
 HERE = Path(__file__).parent
 ARGS = ModelArgs(
@@ -51,6 +63,7 @@ ARGS = ModelArgs(
 )
 
 
+# ----------------------------------------------------------------------------------------- fixtures
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -60,9 +73,16 @@ def seeded():
 def tok(tmp_path_factory):
     path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
     rng = random.Random(0)
-    Tokenizer.train(
-        [tinytown.story(rng) + "\n" + tinytown.sums(rng) for _ in range(200)], 400, path
-    )
+    texts = [world.story(rng) + "\n" + world.sums(rng) for _ in range(200)]
+    Tokenizer.train(texts, 400, path)
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A tokenizer without merges: a piece a character, so that layouts can be written by hand."""
+    text, path = "[INST] <<SYS>> hi yo no be ok </>", tmp_path_factory.mktemp("chars") / "t.model"
+    Tokenizer.train([text], 259 + len(set(text)), path)
     return Tokenizer(path)
 
 
@@ -74,6 +94,148 @@ def make_model(**changes):
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.2)
     return model
+
+
+def make_reward_model(tok, seed=0):
+    torch.manual_seed(seed)
+    model = RewardModel(replace(ARGS, vocab_size=tok.vocab_size, max_seq_len=256)).eval()
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tok):
+    """A folder of a random model with a context of 256."""
+    folder = tmp_path_factory.mktemp("base") / "m"
+    save(folder, make_model(vocab_size=tok.vocab_size, max_seq_len=256), tok)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory, tok):
+    """A folder of two random reward models."""
+    folder = tmp_path_factory.mktemp("judges")
+    for seed, kind in enumerate(records.KINDS):
+        save(folder / kind, make_reward_model(tok, seed), tok)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def town():
+    """{name: records} of all files that python -m tinytown writes, with fewer dialogues."""
+    return json.loads(json.dumps(every_file(seed=1, dialogues=600, noise=0.0)))
+
+
+def write_jsonl(path, found):
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, tok, base, judges, town):
+    """What the four scripts read, small: paths of models and data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    text = write_jsonl(folder / "stories.jsonl", town["stories"][:300])
+    tokens = folder / "tokens"
+    tokenizer = base / "tokenizer.model"
+    corpus.main(
+        corpus.Settings(data=(str(text),), out=str(tokens), tokenizer=str(tokenizer), workers=1)
+    )
+    rng, residents, pairs = random.Random(0), world.town(1), []
+    for asked in town["compare-v1"][:40]:
+        good = prompts.good_answer(rng, asked)
+        bad = prompts.bad_answer(rng, asked, residents)
+        pairs.append(annotator.compare(rng, asked, good, bad))
+    return SimpleNamespace(
+        base=str(base),
+        judges=str(judges),
+        text=str(text),
+        tokens=str(tokens),
+        dialogues=str(write_jsonl(folder / "dialogues.jsonl", town["dialogues"][:60])),
+        pairs=str(write_jsonl(folder / "pairs.jsonl", pairs)),
+        prompts=str(write_jsonl(folder / "prompts.jsonl", town["prompts-v1"][:24])),
+        val_prompts=str(write_jsonl(folder / "val.jsonl", town["prompts-val"][:8])),
+    )
+
+
+OFTEN = dict(log_every=1, save_every=2, device="cpu")
+RLHF = dict(samples=2, temperatures=(1.0,), max_new_tokens=6, micro_batch=4, device="cpu")
+STAGES = ("pretrain", "sft", "rm", "rejection-sampling", "ppo")
+SCRIPTS = {"pretrain": pretrain, "sft": sft, "rm": reward}
+
+
+def stage(name, inputs, out, **changes):
+    """(script, small settings) of a stage of training that writes to `out`."""
+    out = str(out)
+    if name == "pretrain":
+        settings = pretrain.Settings(
+            init=inputs.base, data=inputs.tokens, out=out, seq_len=32, batch_size=6, micro_batch=3,
+            max_steps=9, lr=1e-2, warmup_steps=2, eval_every=5, eval_tokens=320, **OFTEN
+        )
+    elif name == "sft":
+        settings = sft.Settings(
+            init=inputs.base, data=(inputs.dialogues,), out=out, seq_len=256, batch_size=3,
+            micro_batch=2, eval_every=5, val_fraction=0.1, **OFTEN
+        )
+    elif name == "rm":
+        settings = reward.Settings(
+            kind="safety", init=inputs.base, data=(inputs.pairs,), out=out, batch_size=5,
+            micro_batch=2, val_fraction=0.1, eval_every=3, epochs=2, **OFTEN
+        )
+    else:
+        settings = rlhf.Settings(
+            method=name, init=inputs.base, rm=inputs.judges, prompts=(inputs.prompts,), out=out,
+            val_prompts=(inputs.val_prompts,), iterations=4, batch_size=8, mini_batch=4, lr=1e-3,
+            tune_lr=1e-3, eval_every=2, save_every=1, tune_epochs=2, **RLHF
+        )
+    return SCRIPTS.get(name, rlhf), replace(settings, **changes)
+
+
+def folder_of(config):
+    """Where a stage's model is written."""
+    return Path(config.out) / getattr(config, "kind", "")
+
+
+def run(*argv, check=True, **how):
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, **how
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def flags(config):
+    """The command line of a Settings."""
+    out = []
+    for name, value in vars(config).items():
+        option = [] if name == "folders" else ["--" + name.replace("_", "-")]
+        if isinstance(value, bool):
+            out += option if value else ["--no-" + name.replace("_", "-")]
+        else:
+            out += option + list(value if isinstance(value, tuple) else [value])
+    return [str(word) for word in out]
+
+
+def logged(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in logged(folder) if "loss" in line}
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "consolidated.00.pth", weights_only=True)
+
+
+def furthest(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def say(*contents, system=""):
+    """A dialogue of alternating user and assistant."""
+    return prompts.messages(*contents, system=system)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -161,9 +323,9 @@ def test_rotary_scores_depend_on_distance_alone():
 def test_attention_equals_softmax_loops_with_repeated_kv_heads(n_kv_heads):
     args = replace(ARGS, n_kv_heads=n_kv_heads)
     attention, x, T, hd = llama2.Attention(args), torch.randn(1, 6, 32), 6, 8
-    turns = rotations(args, torch.arange(T))
-    q = rotate(attention.wq(x).view(1, T, 4, hd), turns)[0]
-    k = rotate(attention.wk(x).view(1, T, n_kv_heads, hd), turns)[0]
+    freqs_cis = rotations(args, torch.arange(T))
+    q = rotate(attention.wq(x).view(1, T, 4, hd), freqs_cis)[0]
+    k = rotate(attention.wk(x).view(1, T, n_kv_heads, hd), freqs_cis)[0]
     v = attention.wv(x).view(T, n_kv_heads, hd)
     heads = torch.zeros(T, 4, hd)
     for t in range(T):
@@ -174,7 +336,7 @@ def test_attention_equals_softmax_loops_with_repeated_kv_heads(n_kv_heads):
                 w * v[s, shared] for s, w in enumerate(scores.exp() / scores.exp().sum())
             )
     assert torch.allclose(
-        attention(x, turns, None, None, 0)[0], attention.wo(heads.flatten(1)), atol=1e-5
+        attention(x, freqs_cis, None, None, 0)[0], attention.wo(heads.flatten(1)), atol=1e-5
     )
 
 
@@ -183,7 +345,8 @@ def test_a_token_changes_no_logits_before_it():
     changed = tokens.clone()
     changed[0, 12] = (changed[0, 12] + 1) % 300
     a, b = model(tokens), model(changed)
-    assert torch.equal(a[:, :12], b[:, :12]) and not torch.allclose(a[:, 12:], b[:, 12:])
+    assert torch.equal(a[:, :12], b[:, :12])
+    assert not torch.allclose(a[:, 12:], b[:, 12:])
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
@@ -192,7 +355,8 @@ def test_cached_logits_are_those_of_a_full_forward(n_kv_heads, chunks):
     model, tokens = make_model(n_kv_heads=n_kv_heads), torch.randint(300, (3, 20))
     cache = KVCache(model.args, 3, 20)
     cached = torch.cat([model(part, cache) for part in tokens.split(chunks, dim=1)], 1)
-    assert (cached - model(tokens)).abs().max() < 1e-4 and cache.used == 20
+    assert (cached - model(tokens)).abs().max() < 1e-4
+    assert cache.used == 20
 
 
 def test_padding_on_the_left_of_a_cached_row_changes_nothing():
@@ -313,20 +477,6 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- chat format
-def say(*contents, system=None):
-    """A dialogue of alternating user and assistant."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-    return ([{"role": "system", "content": system}] if system is not None else []) + turns
-
-
-@pytest.fixture(scope="session")
-def letters(tmp_path_factory):
-    """A tokenizer without merges: a piece a character, so that layouts can be written by hand."""
-    text, path = "[INST] <<SYS>> hi yo no be ok </>", tmp_path_factory.mktemp("chars") / "t.model"
-    Tokenizer.train([text], 259 + len(set(text)), path)
-    return Tokenizer(path)
-
-
 def spelt(tok, ids):
     return "".join(tok.sp.id_to_piece(i) for i in ids).replace("<0x0A>", "\n")
 
@@ -352,9 +502,8 @@ def test_a_prompt_is_always_a_prefix_of_its_full_turn(tok):
         user, answer = ("".join(rng.choices(alphabet, k=rng.randint(0, 12))) for _ in range(2))
         asked, _ = encode_dialog(tok, say(user))
         whole, mask = encode_dialog(tok, say(user, answer))
-        assert whole[: len(asked)] == asked and mask == [0] * len(asked) + [1] * (
-            len(whole) - len(asked)
-        )
+        assert whole[: len(asked)] == asked
+        assert mask == [0] * len(asked) + [1] * ( len(whole) - len(asked) )
         assert tok.decode(whole[len(asked) :]).strip() == answer.strip()
 
 
@@ -438,13 +587,15 @@ def test_the_batch_ends_when_all_rows_are_done():
 def test_sampling_repeats_with_its_seed_and_leaves_the_global_generator_alone():
     model, state = make_model(), torch.get_rng_state()
     a, b, c = (generate(model, PROMPTS, 10, temperature=1.0, top_p=0.9, seed=s) for s in (1, 1, 2))
-    assert a == b != c and torch.equal(state, torch.get_rng_state())
+    assert a == b != c
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_row_ends_where_the_context_is_full():
     model = make_model()
     outs = generate(model, [[1] * 60, [1, 2], [1] * 64], 30, temperature=0)
-    assert [len(o) for o in outs] == [4, 30, 0] and outs[0] == greedy(model, [1] * 60, 4)
+    assert [len(o) for o in outs] == [4, 30, 0]
+    assert outs[0] == greedy(model, [1] * 60, 4)
 
 
 def test_bad_prompts_and_settings_are_errors():
@@ -462,7 +613,8 @@ def test_streamed_text_is_generated_text(tok):
     prompt = tok.encode("Once upon", bos=True)
     new = generate(model, [prompt], 20, temperature=1.0, seed=3, eos_id=tok.eos_id)[0]
     pieces = list(stream(model, tok, prompt, 20, temperature=1.0, seed=3))
-    assert len(pieces) > 5 and "Once upon" + "".join(pieces) == tok.decode(prompt + new)
+    assert len(pieces) > 5
+    assert "Once upon" + "".join(pieces) == tok.decode(prompt + new)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +622,8 @@ def test_streamed_text_is_generated_text(tok):
 )
 def test_what_a_model_wrote_is_always_accepted_back(tok, text):
     plain = llama2.without_tags(text)
-    assert not any(tag in plain for tag in llama2.TAGS) and plain == plain.strip()
+    assert not any(tag in plain for tag in llama2.TAGS)
+    assert plain == plain.strip()
     encode_dialog(tok, say("q", plain))
 
 
@@ -479,7 +632,8 @@ def test_a_saved_folder_loads_as_it_was(tmp_path, tok):
     model = make_model(vocab_size=tok.vocab_size)
     save(tmp_path / "m", model, tok)
     again, tok2 = load(tmp_path / "m")
-    assert again.args == model.args and tok2.proto == tok.proto
+    assert again.args == model.args
+    assert tok2.proto == tok.proto
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
     )
@@ -566,610 +720,79 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-# -------------------------------------------------------------------------------- shared by scripts
-def test_learning_rate_by_hand():
-    rates = [llama2.lr_at(s, 12, 2, 1.0, 0.1) for s in range(12)]
-    assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(0.1)
-    assert rates[5] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 3 / 9)) / 2)
+def test_looking_at_attention_changes_no_output_and_shows_what_weighs_the_values(tok):
+    model = make_model()
+    tokens, weights = torch.tensor([PROMPTS[0] + [7, 8, 9]] * 2), []
+    hidden = model.hidden(tokens, weights=weights)
+    assert torch.equal(hidden, model.hidden(tokens))
+    assert len(weights) == ARGS.n_layers
+    assert weights[0].shape[:2] == (2, ARGS.n_heads)
+    block = model.layers[0]
+    x = block.attention_norm(model.tok_embeddings(tokens))
+    freqs_cis = llama2.rotations(ARGS, torch.arange(tokens.size(1)))
+    values = block.attention.wv(x).unflatten(-1, (-1, ARGS.head_dim)).transpose(1, 2)
+    values = values.repeat_interleave(ARGS.n_heads // ARGS.n_kv_heads, 1)
+    out = block.attention.wo((weights[0] @ values).transpose(1, 2).flatten(2))
+    assert torch.allclose(out, block.attention(x, freqs_cis, None, None, 0), atol=1e-5)
+    for layer in weights:
+        assert torch.allclose(layer.sum(-1), torch.ones(()), atol=1e-5)
+        assert layer.triu(1).abs().max() == 0
+    cached, cache = [], KVCache(ARGS, 2, 20)
+    model.hidden(tokens[:, :4], cache, cached)
+    model.hidden(tokens[:, 4:], cache, cached)
+    assert torch.allclose(cached[-1], weights[-1][:, :, 4:], atol=1e-5)
 
 
-def test_adamw_decays_matrices_only():
-    optimizer = llama2.adamw(make_model(), 1e-3, 0.1, 0.9, 0.95, 1e-5)
-    decayed, rest = ({p.dim() for p in group["params"]} for group in optimizer.param_groups)
-    assert (
-        decayed == {2}
-        and rest == {1}
-        and [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0]
-    )
-
-
-def test_settings_come_from_the_command_line_and_help_names_the_papers_value(capsys):
-    def parse(*argv):
-        return llama2.parse_settings(pretrain.Settings, pretrain.PAPER, "", argv)
-
-    assert parse() == pretrain.Settings()
-    given = parse("--recipe", "paper", "--lr", "0.5", "--data", "a", "b:2", "--resume")
-    assert (given.lr, given.seq_len, list(given.data), given.resume) == (
-        0.5,
-        4096,
-        ["a", "b:2"],
-        True,
-    )
-    with pytest.raises(SystemExit) as e:
-        parse("--learning-rate", "1")
-    assert e.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--learning-rate" in error
-    with pytest.raises(SystemExit):
-        parse("--help")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "peak learning rate" in shown and "default: 0.003; paper: 0.0003" in shown
-
-
-# ----------------------------------------------------------------------------------------- tinytown
-def test_tinytown_repeats_with_its_seed_and_its_articles_are_true():
-    truth = tinytown.town(1)
-    assert truth == tinytown.town(1) != tinytown.town(2)
+# ---------------------------------------------------------------------------------------- tinytown
+def test_a_town_repeats_with_its_seed_and_its_articles_are_true():
+    residents = world.town(1)
+    assert residents == world.town(1)
+    assert residents != world.town(2)
     rng = random.Random(0)
     for _ in range(300):
-        text = tinytown.article(rng, truth)
-        name = next(n for n in truth if n in text)
-        for attribute, values in tinytown.VALUES.items():
-            wrong = set(values) - {truth[name][attribute]}
+        text = world.article(rng, residents)
+        name = next(n for n in residents if n in text)
+        for attribute, values in world.VALUES.items():
+            wrong = set(values) - {residents[name][attribute]}
             assert not any(f" {v}." in text for v in wrong)
 
 
-def test_no_article_words_a_fact_as_its_probe_does():
-    truth = tinytown.town(1)
-    texts = " ".join(d["text"] for d in tinytown.documents(truth, 1)["encyclopedia"])
-    probes = tinytown.probes(truth)
-    assert len(probes) == len(truth) * 5
-    assert not [p for p in probes if f"{p['prompt']} {p['answer']}" in texts]
+def test_no_article_words_a_fact_as_its_probe_does(town):
+    texts = " ".join(record["text"] for record in town["encyclopedia"])
+    assert len(town["probes"]) == len(world.NAMES) * 5
+    assert not [p for p in town["probes"] if f"{p['prompt']} {p['answer']}" in texts]
 
 
-# -------------------------------------------------------------------------------- pretraining: data
-def settings(tmp_path, *data, **changes):
-    return pretrain.Settings(
-        **dict(
-            data=tuple(map(str, data)),
-            out=str(tmp_path / "out"),
-            vocab_size=350,
-            seq_len=32,
-            batch_size=4,
-            micro_batch=2,
-            max_steps=6,
-            eval_tokens=320,
-            warmup_steps=2,
-            lr=1e-2,
-            eval_every=3,
-            save_every=2,
-            log_every=1,
-            workers=1,
-            device="cpu",
-        )
-        | changes
-    )
-
-
-def write_jsonl(path, records):
-    path.write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
-    )
-    return path
-
-
-def corpus(count, seed=0):
-    rng = random.Random(seed)
-    return [{"text": tinytown.story(rng)} for _ in range(count)]
-
-
-def prepared(config):
-    """(index, tokenizer, {"0.train": text of its tokens, ...}) of a prepared folder."""
-    folder = Path(config.out) / "tokens"
-    index = pretrain.prepare(config, pretrain.find_sources(config.data), folder, lambda *_: None)
-    tok = Tokenizer(folder / "tokenizer.model")
-    ids = {
-        name: pretrain.Shards(folder, name, index["dtype"]).read(0, 10**9).tolist()
-        for name in index["tokens"]
-    }
-    return index, tok, ids
-
-
-def split_documents(tok, ids):
-    """Texts between BOS and EOS."""
-    texts, start = [], None
-    for i, token in enumerate(ids):
-        if token == tok.bos_id:
-            start = i
-        elif token == tok.eos_id:
-            texts.append(tok.decode(ids[start + 1 : i]))
-    return texts
-
-
-def test_sources_have_weights_and_folders_their_files(tmp_path):
-    (tmp_path / "web").mkdir()
-    for name in ("web/a.txt", "web/b.jsonl", "web/notes.md", "wiki.txt"):
-        (tmp_path / name).write_text("x")
-    web, wiki, again = pretrain.find_sources(
-        [f"{tmp_path}/web:0.5", f"{tmp_path}/wiki.txt", f"{tmp_path}/wiki.txt:2"]
-    )
-    assert (web.weight, [f.name for f in web.files]) == (0.5, ["a.txt", "b.jsonl"])
-    assert (wiki.name, wiki.weight, again.name, again.weight) == ("wiki", 1, "wiki~2", 2)
-
-
-def test_every_document_is_packed_once_between_bos_and_eos_and_held_out_ones_stay_out(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(pretrain, "SHARD_TOKENS", 1000)
-    records = corpus(300)
-    path = tmp_path / "s.jsonl.gz"
-    path.write_bytes(
-        gzip.compress("".join(json.dumps(r) + "\n" for r in records + records[:50]).encode())
-    )
-    index, tok, ids = prepared(settings(tmp_path, path))
-    train, val = split_documents(tok, ids["0.train"]), split_documents(tok, ids["0.val"])
-    assert sorted(train + val) == sorted(r["text"] for r in records + records[:50])
-    assert 10 < len(val) < 70 and not set(train) & set(
-        val
-    )  # a repeated document falls on the same side
-    assert (
-        len(list((tmp_path / "out/tokens").glob("0.train.*.bin"))) > 5
-        and index["dtype"] == "uint16"
-    )
-
-
-def test_of_one_long_document_the_last_tenth_is_held_out_whatever_the_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "PIECE", 777)
-    text = "\n".join(r["text"] for r in corpus(100))
-    (tmp_path / "book.txt").write_text(text)
-    index, tok, ids = prepared(settings(tmp_path, tmp_path / "book.txt"))
-    assert (
-        index["sources"][0]["docs"] == index["sources"][0]["pronouns"]["she"] == 1
-    )  # once, not once a piece
-    cut = int(len(text) * 0.9)
-    train, val = ids["0.train"], ids["0.val"]
-    assert (train[0], tok.decode(train)) == (tok.bos_id, text[:cut])
-    assert (val[0], val[-1], tok.decode(val)) == (tok.bos_id, tok.eos_id, text[cut:])
-
-
-def test_sites_full_of_personal_information_are_left_out_and_reported(tmp_path):
-    rng = random.Random(0)
-    pages = [
-        {"text": tinytown.directory_page(rng), "url": "http://lists.example/1"} for _ in range(20)
-    ]
-    pages += [
-        {"text": "write to ada7@mail.example " + tinytown.story(rng), "url": "http://blog.example/"}
-    ] * 3
-    pages += [{"text": tinytown.story(rng), "url": "http://blog.example/x"} for _ in range(40)]
-    pages += [
-        {"text": tinytown.directory_page(rng)}
-    ]  # without an address of its own it is judged alone
-    index, tok, ids = prepared(settings(tmp_path, write_jsonl(tmp_path / "web.jsonl", pages)))
-    text = tok.decode(ids["0.train"] + ids["0.val"])
-    assert "phone 555" not in text and "ada7@mail.example" in text
-    assert set(index["dropped"]) == {"lists.example", f"{tmp_path}/web.jsonl:64"}
-    assert index["dropped"]["lists.example"]["e-mail"] == sum(
-        p["text"].count("@") for p in pages[:20]
-    )
-
-
-def test_tokens_are_reused_until_the_text_changes(tmp_path):
-    path = write_jsonl(tmp_path / "s.jsonl", corpus(100))
-    prepared(settings(tmp_path, path))
-    shard = tmp_path / "out/tokens/0.train.000.bin"
-    before = shard.stat().st_mtime_ns
-    prepared(settings(tmp_path, path))
-    assert shard.stat().st_mtime_ns == before
-    write_jsonl(path, corpus(100, seed=1))
-    prepared(settings(tmp_path, path))
-    assert shard.stat().st_mtime_ns != before
-
-
-def test_ten_times_the_text_takes_no_more_memory_to_prepare(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "TOKENIZER_CHARS", 100_000)
-    monkeypatch.setattr(pretrain, "PIECE", 10_000)
-
-    class InProcess:  # so that the workers' memory counts too
-        @staticmethod
-        def imap(function, items):
-            return map(function, items)
-
-    def peak(path):
-        config = settings(tmp_path, path)
-        sources = pretrain.find_sources(config.data)
-        tracemalloc.start()
-        dropped, sites, sample = pretrain.scan(sources, InProcess, config)
-        for _ in map(
-            len, pretrain.batches(pretrain.split_pieces(sources, dropped, sites, config), 100_000)
-        ):
-            pass
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return peak
-
-    monkeypatch.setattr(pretrain.batches, "__defaults__", (100_000,))
-    text = "\n".join(r["text"] for r in corpus(2500))
-    (tmp_path / "one.txt").write_text(text)
-    (tmp_path / "ten.txt").write_text((text + "\n") * 10)
-    assert peak(tmp_path / "ten.txt") < 1.2 * peak(tmp_path / "one.txt")
-
-
-def test_shards_read_like_a_list(tmp_path):
-    numbers = list(range(100))
-    for i, part in enumerate((numbers[:37], numbers[37:38], numbers[38:])):
-        np.array(part, dtype="uint16").tofile(tmp_path / f"x.{i:03d}.bin")
-    shards = pretrain.Shards(tmp_path, "x", "uint16")
-    assert len(shards) == 100
-    for start, count in [(0, 100), (0, 0), (30, 10), (36, 3), (38, 5), (90, 50), (99, 1)]:
-        assert shards.read(start, count).tolist() == numbers[start : start + count]
-
-
-class Numbers(list):
-    """Stands in for Shards: token i is i."""
-
-    def read(self, start, count):
-        return np.array(self[start : start + count])
-
-
-def test_a_source_is_read_once_an_epoch_in_shifted_pairs_and_in_another_order_the_next():
-    mixture = pretrain.Mixture([Numbers(range(8 * 25 + 1))], [1.0], 8, seed=0)
-    epochs = [[mixture.batch(step, 5) for step in range(e * 5, e * 5 + 5)] for e in range(2)]
-    orders = [torch.cat(e)[:, 0].tolist() for e in epochs]
-    assert (
-        sorted(orders[0]) == sorted(orders[1]) == list(range(0, 200, 8)) and orders[0] != orders[1]
-    )
-    rows = torch.cat(epochs[0])
-    assert torch.equal(rows[:, 1:], rows[:, :-1] + 1)  # the target of each token is the next one
-    assert mixture.epochs(0) == pytest.approx(2, abs=0.02)
-
-
-def test_a_source_is_drawn_by_weight_times_size_and_a_resumed_mixture_goes_on_alike():
-    def make():
-        return pretrain.Mixture([Numbers(range(9001)), Numbers(range(1001))], [1.0, 3.0], 8, seed=0)
-
-    mixture = make()
-    first = [mixture.batch(step, 10) for step in range(400)]
-    assert mixture.used[1] / 4000 == pytest.approx(3 / 12, abs=0.03)
-    resumed, mixture = make(), make()
-    for step in range(7):
-        mixture.batch(step, 10)
-    resumed.used = list(mixture.used)
-    assert torch.equal(resumed.batch(7, 10), first[7])
-
-
-# -------------------------------------------------------------------------- pretraining: evaluation
-def test_held_out_loss_and_bits_per_byte_by_hand(tmp_path):
-    config = settings(tmp_path, write_jsonl(tmp_path / "s.jsonl", corpus(60)), eval_tokens=10**9)
-    _, tok, ids = prepared(config)
-    model, val = make_model(vocab_size=tok.vocab_size), ids["0.val"]
-    nats, T = 0.0, config.seq_len
-    for at in range(0, len(val) - 1, T):
-        window = val[at : at + T + 1]
-        logprobs = F.log_softmax(model(torch.tensor([window[:-1]]))[0], -1).detach()
-        nats -= sum(float(logprobs[t, token]) for t, token in enumerate(window[1:]))
-    size = sum(len(text.encode()) for text in split_documents(tok, val))
-    shards = pretrain.Shards(tmp_path / "out/tokens", "0.val", "uint16")
-    mean, bits = pretrain.evaluate(model, shards, tok, config, torch.device("cpu"), 0, 1)
-    assert mean == pytest.approx(nats / (len(val) - 1), rel=1e-5)
-    assert bits == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-
-
-def test_recall_counts_whole_right_answers(tok, monkeypatch):
-    probes = [{"prompt": "the pet is a", "answer": "cat"}] * 4
-    said = [" cat. More", " dog.", " catalogue", " cat"]
-    monkeypatch.setattr(
-        pretrain,
-        "generate",
-        lambda *_, **__: [tok.encode("is a" + s)[len(tok.encode("is a")) :] for s in said],
-    )
-    assert pretrain.recall(None, tok, probes) == 0.5
-
-
-# -------------------------------------------------------------------------------- pretraining: runs
-def run(*argv, check=True, **how):
-    done = subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, **how
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-def flags(config):
-    """The command line of a Settings."""
-    out = []
-    for name, value in vars(config).items():
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            out += [option] if value else []
-        elif value not in ("", ()):
-            out += [option, *(value if isinstance(value, tuple) else [value])]
-    return list(map(str, out))
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def test_a_small_run_learns_reports_and_leaves_a_whole_folder(tmp_path, capsys):
-    write_jsonl(tmp_path / "probes.jsonl", [{"prompt": "One day she", "answer": "found"}])
-    config = settings(
-        tmp_path,
-        write_jsonl(tmp_path / "s.jsonl", corpus(300)),
-        max_steps=40,
-        probes=str(tmp_path / "probes.jsonl"),
-    )
-    metrics = pretrain.main(config)
-    curve = losses(config.out)
-    assert curve[40] < curve[1] - 1 and metrics["loss"]["s"][0] < curve[1] - 1
-    model, tok = load(config.out)
-    assert model.args.max_seq_len == 32 and tok.vocab_size == 350
-    shown = capsys.readouterr().out
-    assert (
-        "tokens/s  left" in shown
-        and "bits a byte" in shown
-        and "facts recalled" in shown
-        and "samples" in shown
-    )
-    assert (tmp_path / "out/summary.txt").exists() and not (tmp_path / "out/resume.pt").exists()
-    done = run(
-        "llama2.py", "complete", config.out, "Once upon a time", "--max-new-tokens", 5, "--seed", 1
-    )
-    assert done.stdout.startswith("Once upon a time")
-
-
-def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(tmp_path):
-    path = write_jsonl(tmp_path / "s.jsonl", corpus(300))
-    whole = settings(
-        tmp_path, path, out=str(tmp_path / "whole"), max_steps=60, save_every=7, eval_every=1000
-    )
-    pretrain.main(whole)
-    cut = replace(whole, out=str(tmp_path / "cut"))
-    for at in (3, 25):  # before and after the first save
-        process = subprocess.Popen(
-            [sys.executable, "train_pretrain.py", *flags(replace(cut, resume=True))],
-            cwd=HERE,
-            stdout=subprocess.DEVNULL,
-        )
-        while process.poll() is None and not (
-            (tmp_path / "cut/metrics.jsonl").exists() and max(losses(cut.out), default=0) >= at
-        ):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert torch.load(tmp_path / "cut/resume.pt", weights_only=True)["step"] % 7 == 0
-    with pytest.raises(ValueError, match="unfinished run"):
-        pretrain.main(cut)
-    with pytest.raises(ValueError, match="lr was 0.01, now 1"):
-        pretrain.main(replace(cut, resume=True, lr=1.0))
-    pretrain.main(replace(cut, resume=True))
-    a, b = (
-        torch.load(tmp_path / name / "consolidated.00.pth", weights_only=True)
-        for name in ("whole", "cut")
-    )
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert losses(whole.out) == losses(cut.out)
-
-
-def test_two_processes_have_the_loss_curve_of_one(tmp_path):
-    path = write_jsonl(tmp_path / "s.jsonl", corpus(300))
-    one = settings(tmp_path, path, out=str(tmp_path / "one"), max_steps=12)
-    pretrain.main(one)
-    run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train_pretrain.py",
-        *flags(replace(one, out=str(tmp_path / "two"), micro_batch=1)),
-    )
-    a, b = losses(one.out), losses(tmp_path / "two")
-    assert a.keys() == b.keys() and max(abs(a[s] - b[s]) for s in a) < 1e-5
-    bits = [
-        [
-            line
-            for line in (tmp_path / n / "summary.txt").read_text().splitlines()
-            if line.startswith("s  ")
-        ]
-        for n in ("one", "two")
-    ]
-    assert bits[0] == bits[1]
-
-
-# ------------------------------------------------------------------------------- fine-tuning: data
-def test_every_format_becomes_the_same_messages():
-    messages = say("What is it?", "A fox.")
-    assert sft.to_messages({"messages": messages}) == messages
-    assert (
-        sft.to_messages({"instruction": "What is it?", "input": "", "output": "A fox."}) == messages
-    )
-    said = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A fox."}]
-    assert sft.to_messages({"id": "x1", "conversations": said}) == messages
-    said.insert(0, {"from": "system", "value": "Be brief."})
-    assert sft.to_messages({"conversations": said}) == say(
-        "What is it?", "A fox.", system="Be brief."
-    )
-    alpaca = {"instruction": "Name it.", "input": "A red animal.", "output": "A fox."}
-    assert sft.to_messages(alpaca)[0]["content"] == "Name it.\n\nA red animal."
-
-
-BAD = [
-    ({"messages": [{"role": "judge", "content": "a"}]}, "message 1 has the unknown role 'judge'"),
-    ({"messages": say("a") + say("b", "c")}, "message 2 has role 'user'"),
-    ({"messages": say("a", " ")}, "message 2, an answer, is empty"),
-    ({"messages": say("a", "b", "c")}, "the last message has no answer"),
-    ({"messages": []}, '"messages" is not a list'),
-    ({"messages": [{"role": "user"}]}, 'message 1 lacks "content"'),
-    (
-        {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "b"}]},
-        "message 1 is not a string",
-    ),
-    ({"messages": say("[INST] a", "b")}, "message 1 contains [INST]"),
-    ({"messages": say("\ud800", "b")}, "surrogates not allowed"),
-    ({"conversations": [{"from": "gpt", "value": "a"}]}, "message 1 has role 'assistant'"),
-    ({"conversations": "a"}, '"conversations" is not a list'),
-    ({"instruction": "a"}, '"output" is missing'),
-    ({"instruction": None, "output": "b"}, "message 1 is not a string"),
-    ({"text": "a"}, 'expected "messages"'),
-    (["a"], "expected an object"),
-]
-
-
-@pytest.mark.parametrize("record, words", BAD)
-def test_a_bad_record_is_named_by_file_and_number_or_skipped(tmp_path, tok, record, words):
-    good = {"messages": say("a", "b")}
-    for name, where in (
-        ("a.json", "a.json: record 2"),
-        ("a.jsonl", "a.jsonl:2"),
-        ("a.jsonl.gz", "a.jsonl.gz:2"),
-    ):
-        text = "\n".join(json.dumps(r) for r in (good, record, good))
-        text = f"[{text}]".replace("\n", ",") if name.endswith(".json") else text
-        raw = text.encode()
-        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-        with pytest.raises(ValueError) as e:
-            sft.read_dialogs([tmp_path / name], tok)
-        assert where in str(e.value) and words in str(e.value)
-        dialogs, skipped = sft.read_dialogs([tmp_path / name], tok, skip_bad=True)
-        assert dialogs == [good["messages"]] * 2 and skipped == 1
-
-
-def test_long_dialogues_are_cut_behind_a_turn_or_dropped_and_counted(tok):
-    turn = len(encode_dialog(tok, say("a b", "c d"))[0])
-    dialogs = [say(*["a b", "c d"] * 3), say("a b", "c d"), say("a " * 99, "b")]
-    examples, cut, dropped = sft.encode_dialogs(dialogs, tok, 2 * turn + 1)
-    assert (cut, dropped) == (1, 1)
-    assert examples == [encode_dialog(tok, say(*["a b", "c d"] * n)) for n in (2, 1)]
-
-
-def test_packing_places_each_example_once_with_little_padding(tok):
-    dialogs = [d["messages"] for d in tinytown.dialogues(tinytown.town(1), 600)]
-    examples, _, _ = sft.encode_dialogs(dialogs, tok, 256)
-    rows = sft.pack(examples, 256, seed=1)
-    assert sorted(i for row in rows for i in row) == list(range(len(examples)))
-    sizes = [sum(len(examples[i][0]) for i in row) for row in rows]
-    assert max(sizes) <= 256 and sum(sizes) > 0.95 * 256 * len(rows)
-    assert rows != sft.pack(examples, 256, seed=2)
-
-
-def test_the_loss_counts_exactly_the_answers_and_their_eos_behind_each_logit(tok):
-    examples = [
-        encode_dialog(tok, say("one", "two")),
-        encode_dialog(tok, say("a", "b c", "d", "e")),
-    ]
-    inputs, targets, mask = sft.to_tensors([[1, 0], [0]], examples, "cpu")
-    assert torch.equal(inputs[0, 1:], targets[0, :-1])
-    answers = [t for i in (1, 0) for t, m in zip(*examples[i]) if m]
-    assert targets[0][mask[0]].tolist() == answers
-    assert targets[1][mask[1]].tolist() == [t for t, m in zip(*examples[0]) if m]
-    last = examples[0][0][-1]
-    assert (
-        last == tok.eos_id
-        and targets[1][mask[1]][-1] == last
-        and not mask[1, len(examples[0][0]) :].any()
-    )
-
-
-# ------------------------------------------------------------------------------- fine-tuning: loss
-def test_sft_loss_by_hand_and_without_gradient_on_prompts():
-    logits = torch.randn(2, 5, 7, requires_grad=True)
-    targets, mask = torch.randint(7, (2, 5)), torch.rand(2, 5) < 0.5
-    numbers = logits.tolist()
-    by_hand = -sum(
-        math.log(math.exp(numbers[b][t][targets[b, t]]) / sum(map(math.exp, numbers[b][t])))
-        for b in range(2)
-        for t in range(5)
-        if mask[b, t]
-    )
-    loss = sft.sft_loss(logits, targets, mask)
-    assert loss.item() == pytest.approx(by_hand, rel=1e-5) and 0 < mask.sum() < 10
-    loss.backward()
-    assert (logits.grad[~mask] == 0).all() and (logits.grad[mask] != 0).any(-1).all()
-
-
-def chat_examples(tok, count=40, seed=0):
-    dialogs = [d["messages"] for d in tinytown.dialogues(tinytown.town(1), count, seed)]
-    return sft.encode_dialogs(dialogs, tok, 256)[0]
-
-
-def tune(tok, state=None, keep=None, **changes):
-    """The weights after fine-tuning a fixed small model."""
-    config = sft.Settings(**dict(batch_size=4, epochs=1.0, seq_len=256) | changes)
-    model = make_model(vocab_size=tok.vocab_size, max_seq_len=256)
-    sft.finetune(model, chat_examples(tok), config, state=state, keep=keep)
-    return model.state_dict()
-
-
-def furthest(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def test_the_size_of_a_micro_batch_changes_no_step(tok):
-    whole = tune(tok, micro_batch=4)
-    assert furthest(whole, tune(tok, micro_batch=1)) < 1e-5
-    assert furthest(whole, tune(tok, micro_batch=4, seed=2)) > 1e-4
-
-
-def test_gradients_are_clipped(tok, tmp_path):
-    """Clipped far below AdamW's eps, they move no weight, in fine-tuning and in pretraining."""
-    still = dict(grad_clip=1e-12, weight_decay=0.0)
-    start = make_model(vocab_size=tok.vocab_size, max_seq_len=256).state_dict()
-    assert furthest(start, tune(tok, **still)) < 1e-6 < 1e-4 < furthest(start, tune(tok))
-    path = write_jsonl(tmp_path / "s.jsonl", corpus(100))
-    moved = {}
-    for name, changes in (("free", {}), ("clipped", still)):
-        config = settings(tmp_path, path, out=str(tmp_path / name), **changes)
-        pretrain.main(config)
-        model = load(config.out)[0]
-        torch.manual_seed(config.seed)
-        moved[name] = furthest(Transformer(model.args).state_dict(), model.state_dict())
-    assert moved["clipped"] < 1e-6 < 1e-4 < moved["free"]
-
-
-def test_resumed_fine_tuning_ends_with_the_same_weights(tok):
-    states = []
-    whole = tune(tok, epochs=3.0, save_every=4, keep=lambda **s: states.append(copy.deepcopy(s)))
-    assert len(states) >= 2 and states[0]["step"] == 4
-    assert furthest(whole, tune(tok, epochs=3.0, state=states[0])) == 0
-
-
-def test_fine_tuning_teaches_to_stop(tok):
-    """The probability of EOS behind an answer rises, and that of the answer's tokens with it."""
-    model = make_model(vocab_size=tok.vocab_size, max_seq_len=256)
-    examples, config = chat_examples(tok), sft.Settings(epochs=20.0, batch_size=1, lr=3e-3)
-
-    def eos():
-        tokens = torch.tensor([examples[0][0]])
-        return F.softmax(model(tokens)[0, -2], -1)[tok.eos_id].item()
-
-    before, loss = eos(), sft.evaluate(model, examples, config, torch.device("cpu"))[0]
-    sft.finetune(model, examples, config)
-    after = sft.evaluate(model, examples, config, torch.device("cpu"))[0]
-    assert before < 0.1 and eos() > 0.5 and after < loss / 2
-
-
-# ------------------------------------------------------------------------- fine-tuning: Tinytown
 def test_no_dialogue_asks_what_is_held_out():
-    truth = tinytown.town(1)
-    dialogs = tinytown.dialogues(truth, 3000)
-    asked = tinytown.held_out_prompts(truth)
-    said = json.dumps(dialogs)
-    assert not [name for name in tinytown.STRANGERS if name in said]
-    users = {m["content"] for d in dialogs for m in d["messages"] if m["role"] == "user"}
-    assert not users & {a["prompt"] for a in asked} and {a["kind"] for a in asked} == set(
-        tinytown.KINDS
-    )
-    met = [a for a in asked if a["kind"] == "fact" and not a["stranger"]]
-    assert not [a for a in met if any(a["q"] in text for text in users)] and len(met) > 20
-    crimes = [a["q"] for a in asked if a["kind"] in ("unsafe", "borderline")]
+    found = prompts.dialogues(world.town(1), 3000)
+    asked = prompts.held_out_prompts(world.town(1))
+    everything = json.dumps(found)
+    assert not [name for name in prompts.STRANGERS if name in everything]
+    users = {m["content"] for d in found for m in d["messages"] if m["role"] == "user"}
+    assert not users & {a["prompt"] for a in asked}
+    assert {a["topic"] for a in asked} == set(prompts.TOPICS)
+    met = [a for a in asked if a["topic"] == "fact" and not a["stranger"]]
+    assert len(met) > 20
+    assert not [a for a in met if any(a["about"] in text for text in users)]
+    crimes = [a["about"] for a in asked if a["topic"] in ("unsafe", "borderline")]
     assert not [q for q in crimes if any(q + "?" in text or q + "." in text for text in users)]
 
 
-FACT = dict(kind="fact", name="Mira", attribute="pet", answer="goat", q="Mira's pet")
-SUM, STORY = dict(kind="sum", answer=7, q="3 + 4"), dict(kind="story", answer=("fox", "owl"), q="")
-CRIME, TASK = dict(kind="unsafe", answer=None, q="rob Mira"), dict(
-    kind="borderline", answer=None, q="beat the eggs"
-)
+def test_each_file_of_prompts_has_prompts_of_its_own(town):
+    """What tests a reward model, and what says when PPO is to stop, is new; versions differ."""
+    trained = {asked["prompt"] for asked in town["compare-v1"]}
+    assert not trained & {asked["prompt"] for asked in town["compare-test"]}
+    first = [[asked["prompt"] for asked in town[f"prompts-v{v}"][:20]] for v in range(1, 6)]
+    assert len({tuple(texts) for texts in first}) == 5
+    assert all("answer" not in asked for asked in town["prompts-v1"])  # it is no dialogue
+
+
+FACT = dict(topic="fact", name="Mira", attribute="pet", truth="goat", about="Mira's pet")
+SUM = dict(topic="sum", truth=7, about="3 + 4")
+STORY = dict(topic="story", truth=("fox", "owl"), about="")
+CRIME = dict(topic="unsafe", truth=None, about="rob Mira")
+TASK = dict(topic="borderline", truth=None, about="beat the eggs")
+ASKED = dict(FACT, prompt="Tell me Mira's pet.", is_safety=False)
 SORRY = "I am sorry, but I cannot help with that."
 
 
@@ -1197,263 +820,335 @@ SORRY = "I am sorry, but I cannot help with that."
     ],
 )
 def test_the_annotator_judges_by_the_truth(asked, answer, verdict):
-    held = {name for name, value in tinytown.judge(asked, answer).items() if value}
+    held = {name for name, value in annotator.judge(asked, answer).items() if value}
     assert held == set(verdict.split())
 
 
-def test_good_answers_are_right_and_most_bad_ones_are_not():
-    truth, rng = tinytown.town(1), random.Random(0)
-    asked = tinytown.held_out_prompts(truth)
-    good = [tinytown.judge(a, tinytown.good_answer(rng, a))["correct"] for a in asked]
-    bad = [tinytown.judge(a, tinytown.bad_answer(rng, a, truth))["correct"] for a in asked]
-    assert all(good) and sum(bad) < 0.1 * len(bad)
-
-
-# ------------------------------------------------------------------------- fine-tuning: runs, chat
-SFT_RUN = dict(dialogues=60, seq_len=128, epochs=1.0, log_every=1, batch_size=2, device="cpu")
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory, tok):
-    folder = tmp_path_factory.mktemp("base") / "m"
-    save(folder, make_model(vocab_size=tok.vocab_size), tok)
-    return folder
-
-
-def test_fine_tuning_reports_and_leaves_a_chat_model(tmp_path, base, capsys):
-    config = sft.Settings(init=str(base), out=str(tmp_path / "sft"), **SFT_RUN)
-    metrics = sft.main(config)
-    curve = losses(config.out)
-    assert curve[max(curve)] < curve[1] and list(metrics["judged"]) == ["base", "SFT", "SFT, T=1"]
-    assert load(config.out)[0].args.max_seq_len == 128
-    shown = capsys.readouterr().out
-    assert "padding" in shown and "judged by the truth" in shown and "violations" in shown
-    assert (tmp_path / "sft/summary.txt").exists() and not (tmp_path / "sft/resume.pt").exists()
-
-
-def test_sharegpt_and_alpaca_arrays_train(tmp_path, base, capsys):
-    share = [
-        {
-            "id": f"c{i}",
-            "conversations": [
-                {"from": "human", "value": f"Say {i}."},
-                {"from": "gpt", "value": f"{i} it is."},
-            ],
-        }
-        for i in range(30)
-    ]
-    alpaca = [
-        {"instruction": f"Add 1 to {i}.", "input": "", "output": str(i + 1)} for i in range(30)
-    ]
-    for name, records in (("share.json", share), ("alpaca.json", alpaca)):
-        (tmp_path / name).write_text(json.dumps(records))
-    config = sft.Settings(
-        init=str(base),
-        out=str(tmp_path / "sft"),
-        **SFT_RUN,
-        data=(str(tmp_path / "share.json"), str(tmp_path / "alpaca.json")),
-    )
-    assert sft.main(config)["val"] and "57 dialogues" in capsys.readouterr().out
-
-
-def test_two_processes_fine_tune_like_one(tmp_path, base):
-    one = sft.Settings(init=str(base), out=str(tmp_path / "one"), **SFT_RUN | dict(batch_size=3))
-    sft.main(one)
-    run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train_sft.py",
-        *flags(replace(one, out=str(tmp_path / "two"))),
-    )
-    a, b = losses(one.out), losses(tmp_path / "two")
-    assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
-
-
-def test_from_raw_text_to_a_chat_through_a_pipe(tmp_path):
-    text = write_jsonl(tmp_path / "s.jsonl", corpus(200))
-    run("train_pretrain.py", *flags(settings(tmp_path, text, out=str(tmp_path / "base"))))
-    config = sft.Settings(init=str(tmp_path / "base"), out=str(tmp_path / "sft"), **SFT_RUN)
-    run("train_sft.py", *flags(config))
-    again = run("train_sft.py", *flags(config), check=False)
-    assert (
-        again.returncode == 2 and "finished run" in again.stderr and again.stderr.count("\n") == 1
-    )
-    lines = (
-        "Hello.\n/system Be kind.\nWho are you?\n[INST] me\n/what\n/reset\n"
-        + "Hi.\n" * 6
-        + "/quit\nnever\n"
-    )
-    done = run(
-        "llama2.py", "chat", config.out, "--max-new-tokens", 8, "--temperature", 0, input=lines
-    )
-    assert "a new dialogue, system message: Be kind." in done.stdout
-    assert "contains [INST]" in done.stdout and done.stdout.count("/quit ends") == 2
-    assert "the context of 128 tokens is full: the oldest" in done.stdout
-
-
-def test_a_chat_remembers_its_turns(tok, monkeypatch, capsys):
-    model, seen = make_model(vocab_size=tok.vocab_size), []
-
-    def fake(model, tok, prompt, *_):
-        seen.append(prompt)
-        yield from (" so", "-so [INST]")
-
-    monkeypatch.setattr(llama2, "stream", fake)
-    turns = llama2.answer(model, tok, [], say("a"), llama2.Sampling(), 0)
-    assert turns == say("a", "so-so")
-    llama2.answer(
-        model, tok, say(system="s"), turns + say("b"), llama2.Sampling(max_new_tokens=1), 0
-    )
-    assert seen[1] == encode_dialog(tok, say("a", "so-so", "b", system="s"))[0]
-    assert capsys.readouterr().out.startswith("so-so")
-
-
-def test_ctrl_c_ends_an_answer_and_not_the_program(capsys):
-    def pieces():
-        yield "half"
-        raise KeyboardInterrupt
-
-    assert llama2.say(pieces()) == "half"
-
-
-# --------------------------------------------------------------------------- reward models: people
-CRIME_B = dict(FACT, prompt="Tell me Mira's pet.", is_safety=False)
+def test_good_answers_are_right_and_most_bad_ones_are_not(town):
+    residents, rng = world.town(1), random.Random(0)
+    good, bad = [], []
+    for asked in town["held-out"]:
+        good.append(annotator.judge(asked, prompts.good_answer(rng, asked))["correct"])
+        bad.append(annotator.judge(asked, prompts.bad_answer(rng, asked, residents))["correct"])
+    assert all(good)
+    assert sum(bad) < 0.1 * len(bad)
 
 
 def test_quality_ranks_answers_as_a_person_would():
-    ranked = [
-        "Mira has a pet goat.",
-        "Goat.",
-        "Mira has a pet goose.",
-        "The bus was late again.",
-        "",
-    ]
-    points = [tinytown.quality(CRIME_B, text) for text in ranked]
-    assert points == sorted(points, reverse=True) and points[0] == 4.5 and points[-1] == 0
-    assert (
-        points[0] > tinytown.quality(CRIME_B, "Mira has a pet goat. I hope this helps.") > points[2]
-    )
-    refusal, help_ = (tinytown.quality(CRIME, text) for text in (SORRY, "Wait until it is dark."))
+    right, wrong = "Mira has a pet goat.", "Mira has a pet goose."
+    ranked = [right, "Goat.", wrong, "The bus was late again.", ""]
+    points = [annotator.quality(FACT, text) for text in ranked]
+    assert points == sorted(points, reverse=True)
+    assert (points[0], points[-1]) == (4.5, 0)
+    assert points[0] > annotator.quality(FACT, right + " I hope this helps.") > points[2]
+    refusal, help_ = (annotator.quality(CRIME, t) for t in (SORRY, "Wait until it is dark."))
     assert refusal - help_ >= 2
+
+
+TALE = "Once a small fox lived on a hill. One day it met an owl and gave it a big red drum. "
 
 
 @pytest.mark.parametrize(
     "asked, liked, plain",
     [
         (FACT, "Mira has a pet goat.", "It is a pet goat."),
-        (dict(kind="sum", q="2 + 3", answer=5), "2 plus 3 is 5.", "The answer: exactly 5."),
+        (dict(SUM, about="2 + 3", truth=5), "2 plus 3 is 5.", "The answer: exactly 5."),
         (CRIME, "I am sorry, but I cannot help, because it is wrong.", SORRY),
         (TASK, "To beat the eggs, ask a friend to help.", "To beat the eggs, read about it first."),
-        (
-            dict(kind="story", answer=("fox", "owl")),
-            "Once a small fox lived on a hill. One day it met an owl and gave it a big red drum. "
-            "In the end they were happy.",
-            "Once a small fox lived on a hill. One day it met an owl and gave it a big red drum. "
-            "And the owl never lost a drum again.",
-        ),
+        (STORY, TALE + "In the end they were happy.", TALE + "And the owl never lost it again."),
     ],
 )
 def test_of_two_right_answers_the_annotator_has_a_favourite(asked, liked, plain):
-    assert tinytown.judge(asked, plain)["correct"]
-    assert tinytown.quality(asked, liked) == 4.5 and tinytown.quality(asked, plain) == 4
+    assert annotator.judge(asked, plain)["correct"]
+    assert annotator.quality(asked, liked) == 4.5
+    assert annotator.quality(asked, plain) == 4
 
 
 def test_the_annotator_chooses_as_bradley_and_terry_have_it():
     rng, a, b = random.Random(0), "Mira has a pet goose.", "mira has a pet goose."
-    records = [tinytown.compare(rng, CRIME_B, a, b) for _ in range(4000)]
-    gap = tinytown.quality(CRIME_B, a) - tinytown.quality(CRIME_B, b)
-    share = sum(r["chosen"] == a for r in records) / len(records)
-    assert abs(share - 1 / (1 + math.exp(-gap / tinytown.NOISE))) < 0.03
-    assert all((r["true_gap"] > 0) == (r["chosen"] == a) for r in records)
-    right = "Mira has a pet goat."
-    far = [tinytown.compare(rng, CRIME_B, right, "no").get("rating") for _ in range(200)]
-    assert far.count("significantly") > 190
-    record = tinytown.compare(rng, dict(CRIME, prompt="p", is_safety=True), "Wait.", SORRY)
-    assert (record["chosen"], record["chosen_safe"], record["rejected_safe"]) == (
-        SORRY,
-        True,
-        False,
-    )
-    assert record["kind"] == "safety" and sft_free(record)
-
-
-def sft_free(record):
-    """A record of the annotator reads like one of a person's."""
-    return reward.to_pair(json.loads(json.dumps(record)))["chosen"] == record["chosen"]
+    found = [annotator.compare(rng, ASKED, a, b) for _ in range(4000)]
+    gap = annotator.quality(ASKED, a) - annotator.quality(ASKED, b)
+    share = sum(record["chosen"] == a for record in found) / len(found)
+    assert abs(share - 1 / (1 + math.exp(-gap / annotator.NOISE))) < 0.03
+    assert all((record["true_gap"] > 0) == (record["chosen"] == a) for record in found)
+    far = [annotator.compare(rng, ASKED, "Mira has a pet goat.", "no") for _ in range(200)]
+    assert sum(record["rating"] == "significantly" for record in far) > 190
+    crime = dict(CRIME, prompt="p", is_safety=True)
+    record = annotator.compare(rng, crime, "Wait.", SORRY)
+    assert (record["chosen"], record["kind"]) == (SORRY, "safety")
+    assert (record["chosen_safe"], record["rejected_safe"]) == (True, False)
+    pair = records.to_pair(json.loads(json.dumps(record)))  # it reads like a person's label
+    assert (pair.chosen, pair.messages) == (SORRY, say("p"))
 
 
 def test_gwets_ac2_by_slow_loops_and_at_its_ends():
     rng = random.Random(0)
     items = [[rng.choice([0, 1, 1, 2]) for _ in range(3)] for _ in range(50)]
 
-    def weight(k, l):
-        return 1 - (k - l) ** 2 / 4
+    def weight(k, j):
+        return 1 - (k - j) ** 2 / 4
 
     pairs = [weight(x[i], x[j]) for x in items for i in range(3) for j in range(3) if i != j]
     flat = [k for item in items for k in item]
     share = [flat.count(k) / len(flat) for k in range(3)]
-    total = sum(weight(k, l) for k in range(3) for l in range(3))
+    total = sum(weight(k, j) for k in range(3) for j in range(3))
     chance = total / (3 * 2) * sum(p * (1 - p) for p in share)
     expected = (sum(pairs) / len(pairs) - chance) / (1 - chance)
-    assert tinytown.gwet_ac2(items, 3) == pytest.approx(expected)
-    assert tinytown.gwet_ac2([[2, 2, 2], [0, 0, 0]], 3) == pytest.approx(1)
-    # two raters, AC1 by hand: 3 of 4 items agree, shares 1/2 and 1/2: (3/4 - 1/2) / (1 - 1/2)
-    assert tinytown.gwet_ac2([[0, 0], [1, 1], [0, 0], [1, 1]][:3] + [[0, 1]], 2) == pytest.approx(
-        (0.75 - 2 * (5 / 8) * (3 / 8)) / (1 - 2 * (5 / 8) * (3 / 8))
-    )
+    assert annotator.gwet_ac2(items, 3) == pytest.approx(expected)
+    assert annotator.gwet_ac2([[2, 2, 2], [0, 0, 0]], 3) == pytest.approx(1)
+    # two raters, by hand: 3 of 4 items agree, of the ratings 5/8 are 0 and 3/8 are 1
+    chance = 2 * (5 / 8) * (3 / 8)
+    by_hand = (3 / 4 - chance) / (1 - chance)
+    assert annotator.gwet_ac2([[0, 0], [1, 1], [0, 0], [0, 1]], 2) == pytest.approx(by_hand)
 
 
-def test_a_person_can_be_the_annotator_and_go_on_later(tmp_path, capsys):
-    pairs = [dict(prompt=f"p{i}", a="x", b="y", kind="safety") for i in range(3)]
-    path, typed = tmp_path / "by-hand.jsonl", iter(["?", "b", "2", "n", "y", "a"])
-
-    def ask(_):
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    reward.by_hand(pairs, path, ask)
-    assert [r for _, r in llama2.read_json(path)] == [
-        dict(
-            prompt="p0",
-            chosen="y",
-            rejected="x",
-            rating="better",
-            chosen_safe=True,
-            rejected_safe=False,
-            kind="safety",
-        )
-    ]
-    typed = iter(["a", "1", "y", "y"] * 2)
-    reward.by_hand(pairs, path, ask)
-    records = [r for _, r in llama2.read_json(path)]
-    assert [r["prompt"] for r in records] == ["p0", "p1", "p2"] and records[2]["chosen"] == "x"
-    assert "3 of 3" in capsys.readouterr().out
+def test_instructions_are_obeyed_by_their_writers_and_unseen_ones_are_unseen():
+    residents, rng = world.town(1), random.Random(1)
+    known, unseen = prompts.instructions(), prompts.instructions(held_out=True)
+    assert {r["obeyed_if"][0] for r in known}.isdisjoint(r["obeyed_if"][0] for r in unseen)
+    assert {r["kind"] for r in known} == {r["kind"] for r in unseen} == set(prompts.INSTRUCTIONS)
+    combined = terse = 0
+    for _ in range(300):
+        asked = prompts.prompt(rng, residents)
+        state = rng.getstate()
+        text, chosen = prompts.combine(rng, known)
+        rng.setstate(state)
+        user, assistant = (m["content"] for m in prompts.instructed(rng, asked, known))
+        assert user == f"{text} {asked['prompt']}"
+        assert ghost_attention.obeys(assistant, chosen)
+        plain = annotator.without_marks(assistant, chosen)
+        assert annotator.judge(asked, plain)["correct"]
+        assert not ghost_attention.obeys(plain, chosen)
+        combined += len(chosen) == 2
+        terse += any(record["terse"] in text for record in chosen)
+        rules = [record["obeyed_if"] for record in chosen]
+        others = [record for record in known if record["obeyed_if"] not in rules]
+        assert not ghost_attention.obeys(assistant, [rng.choice(others)])
+    assert 60 < combined < 140
+    assert 100 < terse < 200
 
 
-# ----------------------------------------------------------------------------- reward models: data
+def test_each_turn_of_the_conversations_asks_the_same_questions():
+    found = prompts.conversations(world.town(1), 30, 20, held_out=True)
+    questions = [sorted(c[turn]["prompt"] for c in found) for turn in range(20)]
+    assert len(found) == 30
+    assert all(q == questions[0] for q in questions)
+    assert len({tuple(a["prompt"] for a in c) for c in found}) == 30
+
+
+def test_attacks_ask_for_crimes_in_five_ways_and_held_out_wordings_are_other_ones():
+    residents, rng = world.town(1), random.Random(1)
+    frames = {True: set(), False: set()}
+    for how in prompts.ATTACKS:
+        for held_out in (True, False):
+            for topic in ("unsafe", "borderline"):
+                for _ in range(30):
+                    asked = prompts.attack(rng, residents, how, topic, held_out)
+                    messages = asked["prompt"]
+                    assert asked["about"] in messages[-1]["content"]
+                    assert records.as_messages(messages) is messages
+                    assert (messages[0]["role"] == "system") is (how == "system prompt")
+                    assert (len(messages) > 2) is (how == "lead-up")
+                    frame = messages[-1]["content"].replace(asked["about"], "{q}")
+                    frames[held_out].add(frame)
+                    good = prompts.good_answer(rng, asked)
+                    assert annotator.judge(asked, good)["correct"]
+    assert frames[True].isdisjoint(frames[False])
+    assert len(frames[False]) > 10
+
+
+# ------------------------------------------------------------------------------------ data/records
+def test_every_dialogue_format_becomes_the_same_messages():
+    messages = say("What is it?", "A fox.")
+    alpaca = {"instruction": "What is it?", "input": "", "output": "A fox."}
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A fox."}]
+    sharegpt = {"id": 1, "conversations": turns}
+    for record in ({"messages": messages}, alpaca, alpaca | {"input": None}, sharegpt):
+        assert records.to_messages(record) == messages
+        brief = say("What is it?", "A fox.", system="Be brief.")
+        assert records.to_messages(record | {"system": "Be brief."}) == brief
+        whole = say("How many legs?", "Four.", "What is it?", "A fox.")
+        assert records.to_messages(record | {"history": [["How many legs?", "Four."]]}) == whole
+    turns.insert(0, {"from": "system", "value": "Be brief."})
+    assert records.to_messages({"conversations": turns}) == brief
+    about = {"instruction": "Name it.", "input": "A red animal.", "output": "A fox."}
+    assert records.to_messages(about)[0]["content"] == "Name it.\n\nA red animal."
+    picked = records.to_messages({"prompt": "What is it?", "answer": "A fox."})
+    assert [m["content"] for m in picked] == ["What is it?", "A fox."]
+    weighted = [dict(role="user", content="a"), dict(role="assistant", content="b", weight=0)]
+    assert records.to_messages({"messages": weighted})[1]["weight"] == 0
+
+
+BAD_DIALOGUES = [
+    ({"messages": [{"role": "judge", "content": "a"}]}, "message 1 has the unknown role 'judge'"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, "message 1 has the unknown role ['user']"),
+    ({"messages": say("a") + say("b", "c")}, "message 2 has role 'user'"),
+    ({"messages": say("a", " ")}, "message 2, an answer, is empty"),
+    ({"messages": say("a", "b", "c")}, "the last message has no answer"),
+    ({"messages": []}, '"messages" is not a list'),
+    ({"messages": [{"role": "user"}]}, 'message 1 lacks "content"'),
+    ({"messages": [dict(role="user", content=5)] + say("a", "b")}, "message 1 is not a string"),
+    ({"messages": [dict(role="user", content="b", weight=0.5)]}, 'has "weight" 0.5'),
+    ({"messages": say("[INST] a", "b")}, "message 1 contains [INST]"),
+    ({"messages": say("\ud800", "b")}, "surrogates not allowed"),
+    ({"messages": say("a", "b"), "history": ["a"]}, '"history" is not a list of pairs'),
+    ({"messages": say("a", "b"), "history": [["a", 5]]}, "message 2 is not a string"),
+    ({"conversations": [{"from": "gpt", "value": "a"}]}, "message 1 has role 'assistant'"),
+    ({"conversations": "a"}, '"conversations" is not a list'),
+    ({"instruction": "a"}, '"output" is missing'),
+    ({"instruction": "a", "input": 21, "output": "b"}, '"input" is 21'),
+    ({"instruction": None, "output": "b"}, "message 1 is not a string"),
+    ({"words": "a"}, 'expected "messages"'),
+    (["a"], "expected an object"),
+]
+BAD_PAIRS = [
+    (dict(chosen="b"), 'expected a "prompt", or transcripts'),
+    (dict(prompt="a", chosen="b"), '"rejected" is missing'),
+    (dict(prompt="a", chosen=["b"], rejected="c"), '"chosen" is missing or neither'),
+    (dict(prompt="a", chosen=say("q"), rejected="c"), '"chosen" does not end with an answer'),
+    (dict(prompt=5, chosen="b", rejected="c"), '"prompt" is neither'),
+    (dict(prompt=say("a", "b"), chosen="b", rejected="c"), "does not end with a message of the"),
+    (dict(prompt=say("a") * 3, chosen="b", rejected="c"), "message 2 has role 'user'"),
+    (dict(prompt="a", chosen="b", rejected="c", rating="much"), "\"rating\" is 'much'"),
+    (dict(prompt="a", chosen="b", rejected="c", kind="taste"), "\"kind\" is 'taste'"),
+    (dict(prompt="a", chosen="b", rejected="c", chosen_safe="yes"), "\"chosen_safe\" is 'yes'"),
+    (dict(prompt="a", chosen="b", rejected="c", chosen_safe=0), '"chosen_safe" is 0'),
+    (dict(prompt="[INST]", chosen="b", rejected="c"), "message 1 contains [INST]"),
+    ("text", "expected an object"),
+]
+BAD_PROMPTS = [
+    ("p", 'expected an object with a "prompt"'),
+    (dict(prompt="p", is_safety="yes"), "\"is_safety\" is 'yes'"),
+    (dict(prompt=[dict(role="assistant", content="p")]), "does not end with a message"),
+    (dict(prompt="[INST] p"), "part of the chat format"),
+]
+BAD_INSTRUCTIONS = [
+    ("x", 'expected an object with an "instruction"'),
+    (dict(terse="x"), 'expected an object with an "instruction"'),
+    (dict(instruction="Be [/INST] kind."), "part of the chat format"),
+    (dict(instruction="Be kind.", terse="<<SYS>>"), "part of the chat format"),
+    (dict(instruction="Be kind.", terse=5), '"terse" must be a string'),
+    (dict(instruction="Be kind.", obeyed_if="(kind"), "unterminated subpattern"),
+    (dict(instruction="Be kind.", obeyed_if=[3]), "which is no pattern"),
+]
+GOOD_DIALOGUE = {"messages": say("a", "b")}
+GOOD_PAIR = dict(prompt="a", chosen="b", rejected="c")
+
+
+def parser_of(what, tok):
+    return {
+        "dialogue": lambda record: sft.encode_example(record, tok, 64),
+        "pair": lambda record: reward.encode_pair(records.to_pair(record), tok, 64, {}),
+        "prompt": lambda record: records.to_prompt(record, tok, 64),
+    }[what]
+
+
+@pytest.mark.parametrize(
+    "what, good, record, words",
+    [("dialogue", GOOD_DIALOGUE, *bad) for bad in BAD_DIALOGUES]
+    + [("pair", GOOD_PAIR, *bad) for bad in BAD_PAIRS]
+    + [("prompt", {"prompt": "a"}, *bad) for bad in BAD_PROMPTS]
+    + [("instruction", {"instruction": "Be kind."}, *bad) for bad in BAD_INSTRUCTIONS],
+)
+def test_a_bad_record_is_named_by_its_line_or_skipped(tmp_path, tok, what, good, record, words):
+    path = write_jsonl(tmp_path / "a.jsonl", [good])
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n" + json.dumps(good))
+
+    def read(skip_bad):
+        if what == "instruction":
+            return records.read_instructions([path], tok, skip_bad), {"bad records": 1}
+        return records.read_records([path], parser_of(what, tok), skip_bad)
+
+    with pytest.raises(ValueError) as e:
+        read(skip_bad=False)
+    assert f"{path}:2: " in str(e.value)
+    assert words in str(e.value)
+    found, left_out = read(skip_bad=True)
+    assert (len(found), left_out) == (2, {"bad records": 1})
+
+
+def test_records_come_a_line_each_or_in_one_array_whatever_the_name_says(tmp_path):
+    found = [{"a": 1}, {"a": "\u2028é"}]
+    lines = "\n".join(json.dumps(record) for record in found).encode()
+    array = json.dumps(found).encode()
+    for name, content in (
+        ("l.jsonl", lines), ("l.json", lines), ("a.json", array), ("a.jsonl", b"\n " + array),
+        ("bom.jsonl", b"\xef\xbb\xbf" + lines), ("crlf.jsonl", lines.replace(b"\n", b"\r\n\r\n")),
+        ("l.jsonl.gz", gzip.compress(lines)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert [record for _, record in records.read_json(tmp_path / name)] == found
+    where = [where for where, _ in records.read_json(tmp_path / "a.json")]
+    assert where == [f"{tmp_path}/a.json: record 1", f"{tmp_path}/a.json: record 2"]
+
+
+TORN = [b'{"a": ', b'{"a": "\xe9"}', b'{"a": "\\ud800"}', b'{"a":' * 9999, b"9" * 5000]
+
+
+@pytest.mark.parametrize("line", TORN)
+def test_a_line_that_is_no_json_text_is_an_error_with_its_place_or_is_skipped(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b"\n" + b'{"a": 2}\n')
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: (broken JSON|not UTF-8)"):
+        records.read_records([path], lambda record: record)
+    found, left_out = records.read_records([path], lambda record: record, skip_bad=True)
+    assert (found, left_out) == ([{"a": 1}, {"a": 2}], {"bad records": 1})
+
+
+def test_a_weight_says_how_often_a_file_is_seen(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", range(100))
+    odd = write_jsonl(tmp_path / "b:2", range(3)).rename(tmp_path / "b:2.jsonl")
+
+    def read(*specs):
+        return records.read_records([str(spec) for spec in specs], lambda record: record)[0]
+
+    assert read(path) == list(range(100))
+    assert read(f"{path}:2") == list(range(100)) * 2
+    assert len(set(read(f"{path}:0.25"))) == len(read(f"{path}:0.25")) == 25
+    assert sorted(read(f"{path}:1.5"))[:2] in ([0, 0], [0, 1])
+    assert len(read(f"{path}:1.5")) == 150
+    assert read(odd, f"{odd}:2") == [0, 1, 2] * 3  # a colon in a name is no weight
+    for wrong in ("x", "-1", "0", "1e3"):
+        with pytest.raises(ValueError, match="is no weight"):
+            read(f"{path}:{wrong}")
+
+
+def test_what_is_held_out_is_never_trained_on_though_it_stands_twice():
+    examples = [("a%d" % (i % 20), i) for i in range(600)]
+    train, val = records.hold_out(examples, lambda example: example[0], 0.1, seed=1)
+    assert len(val) == 2 * 30
+    assert len(train) == 540
+    assert not {key for key, _ in train} & {key for key, _ in val}
+    assert val != records.hold_out(examples, lambda example: example[0], 0.1, seed=2)[1]
+
+
 def hh(*contents):
     return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {c}" for i, c in enumerate(contents))
 
 
 def test_every_preference_format_becomes_the_same_pair():
-    wanted = dict(messages=say("a", "b", "c"), chosen="good", rejected="bad", kind="helpfulness")
-
-    def same(record):
-        pair = reward.to_pair(record)
-        return {key: pair[key] for key in wanted} == wanted
-
-    assert same(dict(prompt=say("a", "b", "c"), chosen="good", rejected="bad "))
-    assert same(dict(chosen=hh("a", "b", "c", "good"), rejected=hh("a", "b", "c", "bad")))
-    assert reward.to_pair(dict(prompt="a", chosen="x", rejected="y"))["messages"] == say("a")
+    before, good, bad = say("a", "b", "c"), "good", "bad"
+    answers_ = [{"role": "assistant", "content": text} for text in (good, bad)]
+    for record in (
+        dict(prompt=before, chosen=good, rejected="bad "),
+        dict(prompt=hh("a", "b", "c") + "\n\nAssistant:", chosen=" good", rejected=bad),
+        dict(chosen=hh("a", "b", "c", good), rejected=hh("a", "b", "c", bad)),
+        dict(chosen=before + answers_[:1], rejected=before + answers_[1:]),
+        dict(prompt="c", chosen=before + answers_[:1], rejected=before + answers_[1:], score=3),
+        dict(prompt=before, chosen=answers_[:1], rejected=answers_[1:]),
+    ):
+        pair = records.to_pair(record)
+        assert (pair.messages, pair.chosen, pair.rejected) == (before, good, bad)
+        assert pair.kind == "helpfulness"
+        assert records.to_pair(record, kind="safety").kind == "safety"
+        told = record | {"kind": "helpfulness"}
+        assert records.to_pair(told, kind="safety").kind == "helpfulness"
     # "Human:" within a line belongs to what is said; so does an empty line
-    pair = reward.to_pair(
-        dict(chosen=hh("I ask Human: x", "one\n\ntwo"), rejected=hh("I ask Human: x", "one"))
-    )
-    assert pair["messages"] == say("I ask Human: x") and pair["chosen"] == "one\n\ntwo"
+    asked = "I ask Human: x"
+    pair = records.to_pair(dict(chosen=hh(asked, "one\n\ntwo"), rejected=hh(asked, "one")))
+    assert pair.messages == say(asked)
+    assert pair.chosen == "one\n\ntwo"
 
 
 ODD = [
@@ -1467,101 +1162,698 @@ ODD = [
     (dict(chosen=hh("a", "b", "c", "d"), rejected=hh("a", "x")), "prompts that differ"),
     (dict(chosen=hh("a", ""), rejected=hh("a", "x")), "empty"),
     (dict(prompt="a", chosen="b", rejected="c", chosen_safe=False, rejected_safe=True), "unsafe"),
+    (dict(prompt="word " * 200, chosen="yes" + " w" * 99, rejected="no" + " w" * 99), "context"),
 ]
 
 
-def test_pairs_that_teach_nothing_are_counted_and_left_out(tok):
-    good = dict(prompt="a", chosen="b", rejected="c", rating="better")
+def test_pairs_that_teach_nothing_are_counted_and_left_out(tmp_path, tok):
+    parse = parser_of("pair", tok)
     for record, words in ODD:
-        with pytest.raises(reward.Unusable, match=words):
-            reward.to_pair(record)
-    records = [(f"r{i}", r) for i, r in enumerate([good, *(r for r, _ in ODD)])]
-    pairs, left_out = reward.read_pairs(records, tok, 64)
-    assert len(pairs) == 1 and sum(left_out.values()) == len(ODD)
+        with pytest.raises(records.Unusable, match=words):
+            parse(record)
+    path = write_jsonl(tmp_path / "p.jsonl", [GOOD_PAIR, *(record for record, _ in ODD)])
+    found, left_out = records.read_records([path], parse)
+    assert len(found) == 1
+    assert sum(left_out.values()) == len(ODD)
 
 
-BROKEN = [
-    (dict(chosen="b"), '"rejected" is missing'),
-    (dict(prompt="a", chosen=["b"], rejected="c"), '"chosen" is missing or not a string'),
-    (dict(prompt=5, chosen="b", rejected="c"), '"prompt" is neither'),
-    (dict(prompt=say("a", "b"), chosen="b", rejected="c"), "does not end with a message of the"),
-    (dict(prompt=say("a") * 3, chosen="b", rejected="c"), "message 2 has role 'user'"),
-    (dict(prompt="a", chosen="b", rejected="c", rating="much"), "\"rating\" is 'much'"),
-    (dict(prompt="a", chosen="b", rejected="c", kind="taste"), "\"kind\" is 'taste'"),
-    (dict(prompt="a", chosen="b", rejected="c", chosen_safe="yes"), "\"chosen_safe\" is 'yes'"),
-    (dict(prompt="[INST]", chosen="b", rejected="c"), "message 1 contains [INST]"),
-    ("text", "expected an object"),
-]
+def test_prompts_without_room_for_an_answer_are_counted_and_none_left_is_an_error(
+    tmp_path, tok, capsys
+):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a"}] + [{"prompt": "word " * 99}] * 3)
+    assert len(records.read_prompts([path], tok, 64)) == 1
+    assert "{'no room for an answer in 64 tokens': 3}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no prompt to use; left out: .*: 4"):
+        records.read_prompts([path], tok, 5)
 
 
-@pytest.mark.parametrize("record, words", BROKEN)
-def test_a_broken_preference_is_named_by_file_and_number_or_skipped(tmp_path, tok, record, words):
-    good = dict(prompt="a", chosen="b", rejected="c")
-    path = write_jsonl(tmp_path / "p.jsonl", [good, record, good])
-    with pytest.raises(ValueError) as e:
-        reward.read_pairs(llama2.read_json(path), tok, 64)
-    assert "p.jsonl:2" in str(e.value) and words in str(e.value)
-    pairs, left_out = reward.read_pairs(llama2.read_json(path), tok, 64, skip_bad=True)
-    assert len(pairs) == 2 and left_out == {"bad records": 1}
+def test_a_models_answers_read_back_as_they_were_sampled(tmp_path, tok):
+    prompt = records.to_prompt({"prompt": "Tell me 2 + 3.", "is_safety": True}, tok, 64)
+    whole, _ = encode_dialog(tok, say("Tell me 2 + 3.", "2 plus 3 is 5."))
+    answer = records.Answer(prompt, whole[len(prompt.tokens) :], True)
+    record = records.answer_record(answer, tok, reward=1.5)
+    assert record["answer"] == "2 plus 3 is 5."
+    path = write_jsonl(tmp_path / "best.jsonl", [record])
+    assert records.read_answers([path], tok, 64) == [answer]
+    assert sft.encode_example(record, tok, 64).tokens == whole  # and fine-tuning takes them
 
 
-def test_of_a_long_dialogue_the_end_is_kept_and_a_cut_difference_drops_the_pair(tok):
-    pair = reward.to_pair(dict(prompt="word " * 60, chosen="yes", rejected="no"))
-    whole = reward.encode_pair(tok, pair, 1000)
-    assert reward.encode_pair(tok, pair, 20) == tuple(row[-20:] for row in whole)
-    assert whole[0][-1] == whole[1][-1] == tok.eos_id
-    early = reward.to_pair(
-        dict(prompt="a", chosen="yes" + " word" * 60, rejected="no" + " word" * 60)
+# ------------------------------------------------------------------------------------- data/corpus
+def prepared(folder, *data, **changes):
+    """(index, tokenizer, {"s.train": ids, ...}) of texts made into tokens."""
+    config = dict(data=tuple(map(str, data)), out=str(folder), vocab_size=350, workers=1) | changes
+    index = corpus.main(corpus.Settings(**config))
+    ids = {}
+    for source in index["sources"]:
+        for split in ("train", "val"):
+            name = f"{source['name']}.{split}"
+            ids[name] = pretrain.Shards(folder, name, index["dtype"]).read(0, 10**9).tolist()
+    return index, Tokenizer(folder / "tokenizer.model"), ids
+
+
+def split_documents(tok, ids):
+    """Texts between BOS and EOS."""
+    texts, start = [], None
+    for i, token in enumerate(ids):
+        if token == tok.bos_id:
+            start = i
+        elif token == tok.eos_id:
+            texts.append(tok.decode(ids[start + 1 : i]))
+    return texts
+
+
+def test_sources_have_weights_and_folders_their_files(tmp_path):
+    (tmp_path / "web").mkdir()
+    for name in ("web/a.txt", "web/b.jsonl", "web/notes.md", "web/metrics.jsonl", "wiki.txt"):
+        (tmp_path / name).write_text("x")
+    specs = [f"{tmp_path}/web:0.5", f"{tmp_path}/wiki.txt", f"{tmp_path}/wiki.txt:2"]
+    web, wiki, again = corpus.find_sources(specs)
+    assert (web.weight, [Path(f).name for f in web.files]) == (0.5, ["a.txt", "b.jsonl"])
+    assert (wiki.name, wiki.weight, again.name, again.weight) == ("wiki", 1, "wiki~2", 2)
+
+
+def test_every_document_is_packed_once_between_bos_and_eos_and_held_out_ones_stay_out(
+    tmp_path, town, monkeypatch
+):
+    monkeypatch.setattr(corpus, "SHARD_TOKENS", 1000)
+    stories = town["stories"][:300]
+    lines = [json.dumps(record) + "\n" for record in stories + stories[:50]]
+    (tmp_path / "s.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    index, tok, ids = prepared(tmp_path / "out", tmp_path / "s.jsonl.gz")
+    train, val = split_documents(tok, ids["s.train"]), split_documents(tok, ids["s.val"])
+    assert sorted(train + val) == sorted(record["text"] for record in stories + stories[:50])
+    assert 10 < len(val) < 70
+    assert not set(train) & set(val)  # a repeated document falls on the same side
+    assert len(list((tmp_path / "out").glob("s.train.*.bin"))) > 5
+    assert index["dtype"] == "uint16"
+
+
+def test_of_one_long_document_the_last_tenth_is_held_out_whatever_the_pieces(
+    tmp_path, town, monkeypatch
+):
+    monkeypatch.setattr(records, "PIECE", 777)
+    text = "\n".join(record["text"] for record in town["stories"][:100])
+    (tmp_path / "book.txt").write_text(text)
+    index, tok, ids = prepared(tmp_path / "out", tmp_path / "book.txt")
+    counts = index["sources"][0]["counts"]
+    assert counts["documents"] == counts["she"] == 1  # once, not once a piece
+    cut = int(len(text) * 0.9)
+    train, val = ids["book.train"], ids["book.val"]
+    assert (train[0], tok.decode(train)) == (tok.bos_id, text[:cut])
+    assert (val[0], val[-1], tok.decode(val)) == (tok.bos_id, tok.eos_id, text[cut:])
+
+
+def test_sites_full_of_personal_information_are_left_out_and_reported(tmp_path, capsys):
+    rng, lists, blog = random.Random(0), "http://lists.example/1", "http://blog.example/x"
+    pages = [{"text": world.directory_page(rng), "url": lists} for _ in range(20)]
+    for _ in range(3):
+        pages.append({"text": "write to ada7@mail.example " + world.story(rng), "url": blog})
+    pages += [{"text": world.story(rng), "url": blog} for _ in range(40)]
+    pages += [{"text": world.directory_page(rng)}]  # without an address it is judged alone
+    index, tok, ids = prepared(tmp_path / "out", write_jsonl(tmp_path / "web.jsonl", pages))
+    text = tok.decode(ids["web.train"] + ids["web.val"])
+    assert "phone 555" not in text
+    assert "ada7@mail.example" in text
+    assert set(index["left_out"]) == {"lists.example", f"{tmp_path}/web.jsonl:64"}
+    addresses = sum(page["text"].count("@") for page in pages[:20])
+    assert index["left_out"]["lists.example"]["e-mail"] == addresses
+    assert "left out for personal information: 2 site(s)" in capsys.readouterr().out
+
+
+def test_tokens_are_reused_until_the_text_changes_and_a_weight_changes_none(tmp_path, town):
+    path = write_jsonl(tmp_path / "s.jsonl", town["stories"][:100])
+    prepared(tmp_path / "out", path)
+    shard = tmp_path / "out/s.train.00000.bin"
+    before = shard.stat().st_mtime_ns
+    index, _, _ = prepared(tmp_path / "out", f"{path}:3")
+    assert shard.stat().st_mtime_ns == before
+    assert index["sources"][0]["weight"] == 3
+    write_jsonl(path, town["stories"][100:200])
+    prepared(tmp_path / "out", path)
+    assert shard.stat().st_mtime_ns != before
+
+
+def test_ten_times_the_text_takes_no_more_memory_to_prepare(tmp_path, town, monkeypatch):
+    monkeypatch.setattr(corpus, "TOKENIZER_CHARS", 100_000)
+    monkeypatch.setattr(records, "PIECE", 10_000)
+
+    class InProcess:  # so that the workers' memory counts too
+        @staticmethod
+        def submit(function, *args):
+            return SimpleNamespace(result=lambda: function(*args))
+
+    def peak(path):
+        config = corpus.Settings(data=(str(path),))
+        sources = corpus.find_sources(config.data)
+        tracemalloc.start()
+        left_out, _ = corpus.survey(sources, config, InProcess)
+        for _ in corpus.split_pieces(sources, left_out, config):
+            pass
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    text = "\n".join(record["text"] for record in town["stories"][:5000])
+    (tmp_path / "one.txt").write_text(text)
+    (tmp_path / "ten.txt").write_text((text + "\n") * 10)
+    assert peak(tmp_path / "ten.txt") < 1.3 * peak(tmp_path / "one.txt")
+
+
+# -------------------------------------------------------------------------------- data/preferences
+def test_two_variants_answer_at_all_temperatures_and_either_may_stand_first(monkeypatch):
+    asked = []
+
+    def respond(variant, tok, dialogs, max_new_tokens, temperature, seed):
+        asked.append((variant, max_new_tokens))
+        return [f"{variant} {temperature} {d[0]['content']}" for d in dialogs]
+
+    monkeypatch.setattr(preferences, "respond", respond)
+    config = preferences.Settings(temperatures=(0.5, 1.0), max_new_tokens=33)
+    sixty = [{"prompt": f"p{i}"} for i in range(60)]
+    found = preferences.collect(["new", "old"], None, sixty, 0, config)
+    assert set(asked) == {("new", 33), ("old", 33)}
+    assert all(text.endswith(f" p{i}") for i, both in enumerate(found) for text in both)
+    assert {a.split()[0] for a, _ in found} == {"new", "old"}
+    both = [(0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0)]
+    assert {(float(a.split()[1]), float(b.split()[1])) for a, b in found} == set(both)
+
+
+def test_a_blend_stands_between_two_models():
+    chat, other = make_model(), make_model()
+    other.norm.weight.data.mul_(3)
+    half = preferences.blended(chat, other, 0.25).state_dict()["norm.weight"]
+    assert torch.allclose(half, 0.25 * chat.norm.weight + 0.75 * other.norm.weight)
+    assert preferences.blended(chat, other, 0) is other
+
+
+def collecting(inputs, out, **changes):
+    return preferences.Settings(
+        **dict(
+            chat=inputs.base, other=inputs.base, prompts=(inputs.prompts,), out=str(out),
+            max_new_tokens=4, device="cpu",
+        )
+        | changes
     )
-    with pytest.raises(reward.Unusable, match="context"):
-        reward.encode_pair(tok, early, 20)
 
 
-def test_each_model_learns_from_its_own_pairs_and_some_of_the_others():
-    pairs = [dict(kind="helpfulness")] * 50 + [dict(kind="safety")] * 90
-    for kind, counts in (("helpfulness", (50, 50)), ("safety", (10, 90))):
-        mixed = [p["kind"] for p in reward.mix(pairs, kind, seed=0)]
-        assert (mixed.count("helpfulness"), mixed.count("safety")) == counts
+def test_tinytowns_annotator_compares_and_what_is_there_is_not_done_again(tmp_path, inputs, town):
+    config = collecting(inputs, tmp_path / "v1.jsonl")
+    preferences.main(config)
+    found = [record for _, record in records.read_json(config.out)]
+    asked = town["prompts-v1"][:24]
+    assert [record["prompt"] for record in found] == [prompt["prompt"] for prompt in asked]
+    for record, prompt in zip(found, asked):
+        gap = annotator.quality(prompt, record["chosen"])
+        gap -= annotator.quality(prompt, record["rejected"])
+        assert record["true_gap"] == gap
+    with pytest.raises(runs.Finished):
+        preferences.main(config)
+    with pytest.raises(ValueError, match="begun with other settings: max_new_tokens was 4, now 5"):
+        preferences.main(replace(config, max_new_tokens=5))
+    Path(f"{config.out}.made-of.json").unlink()
+    with pytest.raises(ValueError, match="v1.jsonl exists"):
+        preferences.main(config)
 
 
-def preference_pairs(tok, count=64):
-    truth, rng = tinytown.town(1), random.Random(0)
-    asked = tinytown.preference_prompts(truth, count)
-    records = [
-        tinytown.compare(rng, a, tinytown.good_answer(rng, a), tinytown.bad_answer(rng, a, truth))
-        for a in asked
+def test_a_person_can_be_the_annotator_and_go_on_later(tmp_path, inputs, monkeypatch, capsys):
+    three = [dict(prompt=f"p{i}", is_safety=i == 0) for i in range(3)]
+    mine = write_jsonl(tmp_path / "q.jsonl", three)
+    out = tmp_path / "labels.jsonl"
+    config = collecting(inputs, out, prompts=(str(mine),), annotator="person")
+    typed = iter(["?", "b", "2", "n", "y", "a"])
+
+    def answer(_):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(preferences, "respond", lambda m, t, dialogs, *_: ["x y"] * len(dialogs))
+    preferences.main(config)
+    pair = json.loads((tmp_path / "labels.jsonl.pairs.jsonl").read_text().splitlines()[0])
+    assert [record for _, record in records.read_json(out)] == [
+        dict(
+            prompt="p0", chosen=pair["b"], rejected=pair["a"], rating="better", kind="safety",
+            chosen_safe=True, rejected_safe=False,
+        )
     ]
-    return reward.read_pairs([("", r) for r in records], tok, 256)[0]
+    typed = iter(["a", "1", "y", "y"] * 2)
+    preferences.main(config)
+    found = [record for _, record in records.read_json(out)]
+    assert [record["prompt"] for record in found] == ["p0", "p1", "p2"]
+    assert [record["kind"] for record in found] == ["safety", "helpfulness", "helpfulness"]
+    assert "3 of 3 compared" in capsys.readouterr().out
+    other = write_jsonl(tmp_path / "other.jsonl", [dict(prompt="new")])
+    with pytest.raises(ValueError, match="begun with other settings: prompts was"):
+        preferences.main(replace(config, prompts=(str(other),)))
 
 
-def test_batches_hold_each_pair_once_an_epoch_and_micro_batches_little_padding(tok):
-    pairs = preference_pairs(tok, 600)
-    batches = reward.batches_of(pairs, reward.Settings(epochs=1.5, batch_size=16))
-    assert sum(map(len, batches)) == len(pairs) + round(len(pairs) / 2)
-    assert set(sum(batches, [])) == set(range(len(pairs)))
-
-    def padding(batches):
-        rows = [
-            [len(row) for i in batch[at : at + 4] for row in pairs[i]["tokens"]]
-            for batch in batches
-            for at in range(0, len(batch), 4)
-        ]
-        return sum(len(r) * max(r) - sum(r) for r in rows)
-
-    shuffled = [random.Random(0).sample(batch, len(batch)) for batch in batches]
-    assert padding(batches) < 0.6 * padding(shuffled)
+def test_pairs_for_others_to_compare_are_left_blank(tmp_path, inputs):
+    two = [dict(prompt="Say a."), dict(prompt="b", is_safety=True)]
+    mine = write_jsonl(tmp_path / "q.jsonl", two)
+    config = collecting(inputs, tmp_path / "p.jsonl", prompts=(str(mine),), annotator="nobody")
+    preferences.main(config)
+    found = [record for _, record in records.read_json(config.out)]
+    assert [(r["prompt"], r["kind"]) for r in found] == [("Say a.", "helpfulness"), ("b", "safety")]
+    assert all(isinstance(r["a"] + r["b"], str) for r in found)
+    with pytest.raises(ValueError, match=f"{mine}:1: not a prompt of Tinytown"):
+        preferences.main(replace(config, annotator="tinytown", overwrite=True))
 
 
-# ----------------------------------------------------------------------------- reward models: loss
+# ----------------------------------------------------------------------------- data/ghost_attention
+FOX = dict(kind="animal", instruction="Be the fox.", terse="Fox!", obeyed_if=[r"^The fox says: ?"])
+
+
+def test_a_ghost_example_by_hand_token_by_token(letters):
+    turns = [("a", "fb"), ("c", "fd"), ("e", "fg")]
+    record = {"messages": ghost_attention.in_the_first_alone("i", turns)}
+    example = sft.encode_example(record, letters, 200)
+    parts = [  # the instruction in the first turn alone, the mask on the last answer alone
+        ("[INST] i a [/INST]", " fb ", 0),
+        ("[INST] c [/INST]", " fd ", 0),
+        ("[INST] e [/INST]", " fg ", 1),
+    ]
+    expected, mask = [], []
+    for asked, answer, learned in parts:
+        prompt = letters.encode(asked, bos=True)
+        whole = letters.encode(asked + answer, bos=True, eos=True)
+        expected += whole
+        mask += [0] * len(prompt) + [learned] * (len(whole) - len(prompt))
+    assert (example.tokens, example.mask) == (expected, mask)
+    learned = "".join(letters.decode([t]) for t, m in zip(expected, mask) if m)
+    assert learned.replace(" ", "") == "fg"
+    assert expected[-1] == letters.eos_id
+
+
+def test_the_instruction_is_in_every_message_to_sample_and_in_the_first_to_learn():
+    sampled = ghost_attention.in_every_message("Be the fox.", [("q1", "a1")], "q2")
+    assert [m["content"] for m in sampled] == ["Be the fox. q1", "a1", "Be the fox. q2"]
+    learned = ghost_attention.in_the_first_alone("Be the fox.", [("q1", "a1"), ("q2", "a2")])
+    assert [m["content"] for m in learned] == ["Be the fox. q1", "a1", "q2", "a2"]
+    assert [m.get("weight") for m in learned] == [None, 0, None, 1]
+
+
+def test_answers_that_disobey_are_thrown_away_by_the_rule_and_counted(tok, monkeypatch):
+    seen = []
+
+    def respond(model, tok, dialogs, *_):
+        seen.append([[m["content"] for m in d] for d in dialogs])
+        good = len(seen) != 2  # in the second turn nobody obeys
+        return [f"The fox says: {d[-1]['content'][-2:]}" if good else "No." for d in dialogs]
+
+    monkeypatch.setattr(ghost_attention, "respond", respond)
+    users, config = [["q1", "q2", "q3"], ["r1", "r2"]], ghost_attention.Settings(history=200)
+    model, drawn = make_model(max_seq_len=300), [("Be the fox.", [FOX])] * 2
+    done, disobeyed = ghost_attention.sample(model, tok, users, drawn, 0, config)
+    assert disobeyed == 2
+    assert done[0] == [("q1", "The fox says: q1"), ("q3", "The fox says: q3")]
+    assert done[1] == [("r1", "The fox says: r1")]
+    assert seen[2] == [["Be the fox. q1", "The fox says: q1", "Be the fox. q3"]]
+    seen.clear()
+    config = replace(config, history=1)  # no room for what was said: the newest message alone
+    ghost_attention.sample(model, tok, users, drawn, 0, config)
+    assert seen[2] == [["Be the fox. q3"]]
+
+
+def test_each_sampled_dialogue_gives_itself_and_beginnings_that_fit(tok):
+    turns, config = [(f"q{i}", f"a{i}") for i in range(9)], ghost_attention.Settings()
+    found = ghost_attention.to_learn(tok, turns, "i", random.Random(1), config)
+    whole = ghost_attention.in_the_first_alone("i", turns)
+    assert found[-1]["messages"] == whole
+    assert 1 < len(found) <= 4
+    for record in found:
+        messages = record["messages"]
+        same = [m["content"] for m in whole[: len(messages)]]
+        assert [m["content"] for m in messages] == same
+        assert [m["weight"] for m in messages[1::2]][-1] == 1
+        assert sum(m["weight"] for m in messages[1::2]) == 1
+    short = replace(config, context=len(encode_dialog(tok, whole)[0]) - 1)
+    found = ghost_attention.to_learn(tok, turns, "i", random.Random(1), short)
+    assert len(found[-1]["messages"]) == 16
+    none = replace(config, context=5)
+    assert ghost_attention.to_learn(tok, turns, "i", random.Random(1), none) == []
+
+
+def test_ghost_attention_writes_dialogues_from_ones_own(tmp_path, base, monkeypatch, capsys):
+    dialogs = [dict(messages=say("One?", "It is.", f"Two {i}?", "It is.")) for i in range(8)]
+    config = ghost_attention.Settings(
+        chat=str(base), out=str(tmp_path / "g.jsonl"), max_new_tokens=6, device="cpu",
+        data=(str(write_jsonl(tmp_path / "d.jsonl", dialogs)),),
+        instructions=(str(write_jsonl(tmp_path / "i.jsonl", [FOX])),),
+    )
+    with pytest.raises(ValueError, match="no answer of .* obeys"):
+        ghost_attention.main(config)
+    obedient = lambda m, t, dialogs, *_: ["The fox says: yes."] * len(dialogs)
+    monkeypatch.setattr(ghost_attention, "respond", obedient)
+    ghost_attention.main(config)
+    assert "16 answers sampled under instructions, 0 thrown away" in capsys.readouterr().out
+    found = [record["messages"] for _, record in records.read_json(config.out)]
+    assert 8 < len(found) <= 16
+    assert sum(messages[0]["content"].startswith("Fox! ") for messages in found) < len(found)
+    assert not any("ox" in m["content"] for messages in found for m in messages[2::2])
+
+
+# -------------------------------------------------------------------------------- data/distillation
+def test_a_pre_prompt_stands_before_a_system_message_or_makes_one(town):
+    behind = distillation.with_system_prompt
+    assert behind("Be safe.", say("a")) == say("a", system="Be safe.")
+    assert behind("Be safe.", say("a", system="Be brief.")) == say("a", system="Be safe. Be brief.")
+    texts = {record["instruction"] for record in town["pre-prompts"]}
+    assert len(texts) == 12 * 11
+    assert {prompts.pre_prompt(random.Random(i)) for i in range(30)} <= texts
+
+
+def test_the_gate_learns_exactly_the_answers_that_are_scored_higher(
+    tmp_path, base, judges, monkeypatch, capsys
+):
+    points = {"plain": 0.5, "new 0": 0.4, "new 1": 0.6, "new 2": 0.5, "new 3": 0.7}
+
+    def respond(model, tok, dialogs, *_):
+        behind = ["You are a " in d[0]["content"] for d in dialogs]
+        return [f"new {d[-1]['content'][1]}" if b else "plain" for d, b in zip(dialogs, behind)]
+
+    def score(model, tok, dialogs):
+        assert all("You are a " not in str(d) for d in dialogs)  # judged without the pre-prompt
+        return [points[d[-1]["content"]] for d in dialogs]
+
+    monkeypatch.setattr(distillation, "respond", respond)
+    monkeypatch.setattr(distillation, "score", score)
+    asked = [dict(prompt=f"q{i}") for i in range(3)]
+    asked += [dict(prompt=say("q3", system="Answer all.")), dict(prompt="Too long. " * 99)]
+    config = distillation.Settings(
+        chat=str(base), rm=str(judges / "safety"), out=str(tmp_path / "d.jsonl"), device="cpu",
+        data=(str(write_jsonl(tmp_path / "p.jsonl", asked)),),
+        pre_prompts=(str(write_jsonl(tmp_path / "pre.jsonl", [{"instruction": "You are a cat."}])),),
+    )
+    distillation.main(config)
+    assert "prefers the former for 2" in capsys.readouterr().out
+    found = [record for _, record in records.read_json(config.out)]
+    assert [r["messages"][-1]["content"] for r in found] == ["plain", "new 1", "plain", "new 3"]
+    assert [r["improved"] for r in found] == [False, True, False, True]
+    assert found[3]["messages"][:-1] == asked[3]["prompt"]  # its own system message stays
+    distillation.main(replace(config, gate=False, overwrite=True))
+    found = [record for _, record in records.read_json(config.out)]
+    assert [r["messages"][-1]["content"] for r in found] == ["new 0", "new 1", "new 2", "new 3"]
+    points["plain"] = 9.0
+    with pytest.raises(ValueError, match="nothing to learn"):
+        distillation.main(replace(config, overwrite=True))
+
+
+# ------------------------------------------------------------------------------------------- common
+def test_learning_rate_by_hand():
+    rates = [training.lr_at(step, 12, 2, 1.0) for step in range(12)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[5] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 3 / 9)) / 2)
+
+
+def test_adamw_is_the_papers_and_decays_matrices_only():
+    optimizer = training.adamw(make_model(), 1e-3)
+    assert [{p.dim() for p in group["params"]} for group in optimizer.param_groups] == [{2}, {1}]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0]
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-5)
+
+
+def test_gradients_are_clipped_to_a_norm_of_1_and_a_step_that_is_no_number_is_not_taken():
+    for scale in (0.1, 1e6):
+        model = torch.nn.Linear(2, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        start = model.weight.detach().clone()
+        (scale * model(torch.tensor([3.0, 4.0]))).backward()
+        assert training.clip_and_step(model, optimizer)
+        moved = (model.weight - start).norm().item()
+        assert moved == pytest.approx(min(1.0, 5 * scale), rel=1e-4)
+        assert model.weight.grad is None
+    start = model.weight.detach().clone()
+    (float("nan") * model(torch.ones(2))).backward()
+    assert not training.clip_and_step(model, optimizer)
+    assert torch.equal(model.weight, start)
+
+
+def test_a_process_without_a_share_of_a_small_batch_computes_and_weighs_nothing():
+    assert training.my_share([1, 2, 3], 1, 2) == ([2], 1.0)
+    assert training.my_share([1], 1, 2) == ([1], 0.0)
+
+
+def test_settings_come_from_the_command_line_and_help_names_the_papers_value(capsys):
+    def parse(*argv):
+        return runs.parse_settings(sft.Settings, sft.PAPER, "", argv)
+
+    assert parse() == sft.Settings()
+    given = parse("--recipe", "paper", "--lr", "0.5", "--data", "a", "b:2", "--resume", "--no-pack")
+    assert (given.lr, given.seq_len, given.data) == (0.5, 4096, ["a", "b:2"])
+    assert (given.resume, given.pack) == (True, False)
+    with pytest.raises(SystemExit) as e:
+        parse("--learning-rate", "1")
+    assert e.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--learning-rate" in error
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate (default: 0.001; paper: 2e-05)" in shown
+    numbers = runs.parse_settings(rlhf.Settings, {}, "", ["--temperatures", "0.5", "1"])
+    assert numbers.temperatures == [0.5, 1.0]
+    folders = runs.parse_settings(answers.Settings, {}, "", ["out/a", "out/b", "--show", "2"])
+    assert (folders.folders, folders.show) == (["out/a", "out/b"], 2)
+
+
+@pytest.mark.parametrize("script", [pretrain, sft, reward, rlhf, corpus, preferences, answers])
+def test_every_setting_explains_itself(script):
+    described = {name: meaning for _, name, meaning in runs.describe_settings(script.Settings)}
+    assert described.keys() == vars(script.Settings()).keys()
+    assert all(len(meaning) > 5 for meaning in described.values())
+    paper = getattr(script, "PAPER", {})
+    assert paper.keys() <= described.keys()
+
+
+def test_a_fingerprint_tells_changed_content_and_not_a_copy(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 100)
+    before = runs.fingerprint([path])
+    os.utime(path, (1, 1))
+    assert runs.fingerprint([path]) == before
+    path.write_bytes(b"x" * 99 + b"y")
+    assert runs.fingerprint([path]) != before
+
+
+def test_two_runs_cannot_use_one_folder_at_once(tmp_path):
+    script = "from common.run import Run; import train_sft, sys, time\n"
+    script += f"run = Run({str(tmp_path)!r}, train_sft.Settings()); print('open', flush=True)\n"
+    script += "time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE)
+    first.stdout.readline()
+    with pytest.raises(ValueError, match=f"in use by process {first.pid}"):
+        runs.Run(tmp_path, sft.Settings())
+    first.kill()
+    first.wait()
+    runs.Run(tmp_path, sft.Settings())  # the lock went with the process
+
+
+def test_a_log_holds_no_nan_and_a_torn_line_is_forgotten(tmp_path):
+    run_ = runs.Run(tmp_path, sft.Settings())
+    run_.begin(None, None, 3)
+    run_.log(1, loss=float("nan"))
+    run_.log(2, loss=1.0)
+    with open(run_.metrics, "a") as file:
+        file.write('{"step": 3, "lo')
+    run_.forget_after(1, run_.metrics)
+    assert logged(tmp_path) == [{"step": 1, "loss": None}]
+
+
+# ----------------------------------------------------------------------------------- train_pretrain
+def test_next_token_loss_by_hand():
+    logits, targets = torch.randn(1, 3, 5), torch.tensor([[4, 0, -1]])
+    p = logits[0].double().softmax(-1)
+    by_hand = -math.log(p[0, 4]) - math.log(p[1, 0])  # -1: no token
+    assert pretrain.next_token_loss(logits, targets).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_shards_read_like_a_list(tmp_path):
+    numbers = list(range(100))
+    for i, part in enumerate((numbers[:37], numbers[37:38], numbers[38:])):
+        np.array(part, dtype="uint16").tofile(tmp_path / f"x.{i:05d}.bin")
+    shards = pretrain.Shards(tmp_path, "x", "uint16")
+    assert len(shards) == 100
+    for start, count in [(0, 100), (0, 0), (30, 10), (36, 3), (38, 5), (90, 50), (99, 1)]:
+        assert shards.read(start, count).tolist() == numbers[start : start + count]
+
+
+class Numbers(list):
+    """Stands in for Shards: token i is i."""
+
+    def read(self, start, count):
+        return np.array(self[start : start + count])
+
+
+def mixture_of(*sources, seq_len=8):
+    found = [pretrain.Source("", weight, Numbers(range(size)), None) for size, weight in sources]
+    return pretrain.Mixture(found, seq_len, seed=0)
+
+
+def test_a_source_is_read_once_an_epoch_in_shifted_pairs_and_in_another_order_the_next():
+    mixture, orders = mixture_of((8 * 25 + 1, 1.0)), []
+    for epoch in range(2):
+        places = sum((mixture.draw(step, 5) for step in range(epoch * 5, epoch * 5 + 5)), [])
+        tokens = mixture.read(places, "cpu")
+        assert torch.equal(tokens[:, 1:], tokens[:, :-1] + 1)  # a token's target is the next one
+        orders.append(tokens[:, 0].tolist())
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(0, 200, 8))
+    assert orders[0] != orders[1]
+
+
+def test_a_source_is_drawn_by_weight_times_size_and_a_resumed_mixture_goes_on_alike():
+    mixture = mixture_of((9001, 1.0), (1001, 3.0))
+    first = [mixture.draw(step, 10) for step in range(400)]
+    assert mixture.used[1] / 4000 == pytest.approx(3 / 12, abs=0.03)
+    resumed, mixture = (mixture_of((9001, 1.0), (1001, 3.0)) for _ in range(2))
+    for step in range(7):
+        mixture.draw(step, 10)
+    resumed.used = list(mixture.used)
+    assert resumed.draw(7, 10) == first[7]
+
+
+def test_held_out_loss_and_bits_per_byte_by_hand(inputs):
+    sources, tok, _ = pretrain.open_tokens(Path(inputs.tokens), 32)
+    val = sources[0].val.read(0, 10**9).tolist()
+    model, nats, T = make_model(vocab_size=tok.vocab_size), 0.0, 32
+    for at in range(0, len(val) - 1, T):
+        window = val[at : at + T + 1]
+        logprobs = F.log_softmax(model(torch.tensor([window[:-1]]))[0], -1).detach()
+        nats -= sum(float(logprobs[t, token]) for t, token in enumerate(window[1:]))
+    size = sum(len(text.encode()) for text in split_documents(tok, val))
+    config = pretrain.Settings(seq_len=T, eval_tokens=10**9)
+    found = pretrain.evaluate(model, sources[0], tok, config, 0, 1)
+    assert found["val/stories"] == pytest.approx(nats / (len(val) - 1), rel=1e-5)
+    assert found["bits/stories"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_pretraining_makes_a_model_of_its_size_that_learns_and_writes(tmp_path, inputs, capsys):
+    _, config = stage("pretrain", inputs, tmp_path / "out", init="", max_steps=30, micro_batch=6)
+    metrics = pretrain.main(config)
+    curve = losses(config.out)
+    assert curve[30] < curve[1] - 1
+    assert metrics["val/stories"] < curve[1] - 1
+    model, _ = load(config.out)
+    assert (model.args.dim, model.args.max_seq_len) == (SIZES["tiny"]["dim"], 32)
+    shown = capsys.readouterr().out
+    assert re.search(r"step 30/30  loss [\d.]+  lr [\de.-]+  [\d,]+ tokens/s  left 0:00", shown)
+    assert not (tmp_path / "out/resume.pt").exists()
+    done = run("llama2.py", "complete", config.out, "Once upon a time", "--max-new-tokens", 5)
+    assert done.stdout.startswith("Once upon a time")
+
+
+# ---------------------------------------------------------------------------------------- train_sft
+def encode_all(tok, found, seq_len=256):
+    return [sft.encode_example(record, tok, seq_len) for record in found]
+
+
+def test_long_dialogues_are_cut_behind_a_turn_and_texts_are_learned_whole(tok):
+    turn = len(encode_dialog(tok, say("a b", "c d"))[0])
+    found = sft.encode_example(dict(messages=say(*["a b", "c d"] * 3)), tok, 2 * turn + 1)
+    tokens, mask = encode_dialog(tok, say(*["a b", "c d"] * 2))
+    assert (found.tokens, found.mask) == (tokens, mask)
+    with pytest.raises(records.Unusable, match="longer than --seq-len in its first turn"):
+        sft.encode_example(dict(messages=say("a " * 99, "b")), tok, 64)
+    unheard = [dict(role="user", content="a"), dict(role="assistant", content="b", weight=0)]
+    with pytest.raises(records.Unusable, match="no answer that is to be learned"):
+        sft.encode_example(dict(messages=unheard), tok, 64)
+    found = sft.encode_example({"text": "a fox lived"}, tok, 64)
+    assert found.tokens == tok.encode("a fox lived", bos=True, eos=True)
+    assert found.mask == [0] + [1] * (len(found.tokens) - 1)
+
+
+def test_packing_places_each_example_once_with_little_padding(tok, town):
+    examples = encode_all(tok, town["dialogues"])
+    sequences = sft.pack(examples, 256, seed=1)
+    packed = [id(example) for sequence in sequences for example in sequence]
+    assert sorted(packed) == sorted(map(id, examples))
+    sizes = [sum(len(example.tokens) for example in sequence) for sequence in sequences]
+    assert max(sizes) <= 256
+    assert sum(sizes) > 0.95 * 256 * len(sizes)
+    assert sequences != sft.pack(examples, 256, seed=2)
+
+
+def test_unpacked_examples_stand_alone_among_others_of_their_length():
+    examples = [sft.Example([1] * n, [1] * n) for n in range(2, 131)]
+    batches = sft.batch_by_length(examples, 4, seed=3)
+    sequences = sum(batches, [])
+    assert all(len(sequence) == 1 for sequence in sequences)
+    assert sorted(len(s[0].tokens) for s in sequences) == list(range(2, 131))
+    spread = [len(b[-1][0].tokens) - len(b[0][0].tokens) for b in batches]
+    assert sum(spread) / len(spread) < 12
+    assert batches != sft.batch_by_length(examples, 4, seed=4)
+    for pack in (True, False):  # batches know their epochs
+        config = sft.Settings(pack=pack, epochs=3, seq_len=140)
+        sequences = sum(sft.make_batches(examples, config), [])
+        assert sum(map(len, sequences)) == 3 * len(examples)
+
+
+def test_the_loss_counts_exactly_the_answers_and_their_eos_behind_each_logit(tok):
+    one, two = say("one", "two"), say("a", "b c", "d", "e")
+    examples = encode_all(tok, [dict(messages=one), dict(messages=two)])
+    inputs_, targets, mask = sft.to_tensors([[examples[1], examples[0]], [examples[0]]], "cpu")
+    assert torch.equal(inputs_[0, 1:], targets[0, :-1])
+
+    def learned(example):
+        return [t for t, m in zip(example.tokens, example.mask) if m]
+
+    assert targets[0][mask[0]].tolist() == learned(examples[1]) + learned(examples[0])
+    assert targets[1][mask[1]].tolist() == learned(examples[0])
+    assert learned(examples[0])[-1] == tok.eos_id
+    assert not mask[1, len(examples[0].tokens) :].any()
+
+
+def test_sft_loss_by_hand_and_without_gradient_on_prompts():
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    targets, mask = torch.randint(7, (2, 5)), torch.rand(2, 5) < 0.5
+    logprobs = logits.double().log_softmax(-1)
+    by_hand = 0.0
+    for b in range(2):
+        for t in range(5):
+            if mask[b, t]:
+                by_hand -= logprobs[b, t, targets[b, t]].item()
+    loss = sft.sft_loss(logits, targets, mask)
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+    assert 0 < mask.sum() < 10
+    loss.backward()
+    assert (logits.grad[~mask] == 0).all()
+    assert (logits.grad[mask] != 0).any(-1).all()
+
+
+def test_fine_tuning_teaches_to_answer_and_to_stop(tmp_path, inputs):
+    """The probability of EOS behind an answer rises; prompts are learned where that is asked."""
+    _, config = stage("sft", inputs, tmp_path / "out", epochs=20, batch_size=1, lr=3e-3)
+    record = json.loads(Path(inputs.dialogues).read_text().splitlines()[0])
+
+    def eos(folder):
+        model, tok = load(folder)
+        tokens = torch.tensor([sft.encode_example(record, tok, 256).tokens])
+        return F.softmax(model(tokens)[0, -2], -1)[tok.eos_id].item()
+
+    metrics = sft.main(replace(config, val_fraction=0.1))
+    assert eos(inputs.base) < 0.1
+    assert eos(config.out) > 0.5
+    curve = losses(config.out)
+    assert metrics["val_loss"] < curve[1] / 2
+    everything = replace(config, out=str(tmp_path / "all"), epochs=1, mask_prompts=False)
+    sft.main(everything)
+    assert furthest(weights(everything.out), weights(config.out)) > 1e-4
+
+
+# ----------------------------------------------------------------------------------------- train_rm
 @pytest.mark.parametrize(
     "margin, by_rating",
     [("none", (0, 0, 0, 0)), ("small", (1, 2 / 3, 1 / 3, 0)), ("large", (3, 2, 1, 0))],
 )
 def test_the_ranking_loss_and_its_gradient_by_hand_for_each_margin(margin, by_rating):
-    assert reward.MARGINS[margin] == by_rating
+    found = [reward.MARGINS[margin].get(rating, 0) for rating in records.RATINGS]
+    assert tuple(found) == by_rating
     chosen, rejected = torch.tensor([1.0, -0.5, 2.0, 0.3], requires_grad=True), torch.randn(4)
-    margins = torch.tensor(by_rating)
-    loss = reward.ranking_loss(chosen, rejected, margins)
+    loss = reward.ranking_loss(chosen, rejected, torch.tensor(by_rating))
     gaps = [c - r - m for c, r, m in zip(chosen.tolist(), rejected.tolist(), by_rating)]
     assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-g)) for g in gaps), rel=1e-5)
     loss.backward()
@@ -1576,287 +1868,136 @@ def test_swapping_chosen_and_rejected_mirrors_the_loss():
 
 
 def test_the_safety_loss_uses_both_answers_labels_and_none_where_unknown():
-    labels = [reward.safety_label(safe) for safe in (True, False, None)]
-    assert labels == [1, -1, 0]
     scores = torch.tensor([0.7, -0.2, 3.0], requires_grad=True)
-    loss = reward.safety_loss(scores, torch.tensor(labels))
+    loss = reward.safety_loss(scores, torch.tensor([1, -1, 0]))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.7)) + math.log(1 + math.exp(-0.2)))
     loss.backward()
-    assert scores.grad[0] < 0 < scores.grad[1] and scores.grad[2] == 0
+    assert scores.grad[0] < 0 < scores.grad[1]
+    assert scores.grad[2] == 0
 
 
-def reward_net(tok, **changes):
-    torch.manual_seed(0)
-    model = RewardModel(make_model(vocab_size=tok.vocab_size, max_seq_len=256).args)
-    return model.eval()
+def encode_pairs(tok, *found, context=256, margin="large"):
+    margins = reward.MARGINS[margin]
+    return [reward.encode_pair(records.to_pair(r), tok, context, margins) for r in found]
+
+
+def test_a_pair_carries_its_margin_and_its_labels(tok):
+    rated = GOOD_PAIR | dict(rating="better", chosen_safe=True, rejected_safe=False)
+    (example,) = encode_pairs(tok, rated, margin="small")
+    assert (example.margin, example.chosen_label, example.rejected_label) == (2 / 3, 1, -1)
+    (example,) = encode_pairs(tok, GOOD_PAIR)
+    assert (example.margin, example.chosen_label, example.rejected_label) == (0, 0, 0)
+    assert example.chosen == encode_dialog(tok, say("a", "b"))[0]
+
+
+def test_the_loss_of_pairs_takes_scores_margins_and_labels_of_the_right_answers(tok):
+    model = make_reward_model(tok)
+    rated = GOOD_PAIR | dict(rating="better", chosen_safe=True, rejected_safe=False)
+    longer = dict(prompt="who?", chosen="the fox and the owl", rejected="no")
+    examples = encode_pairs(tok, rated, longer)
+    c = llama2.score_rows(model, [example.chosen for example in examples])
+    r = llama2.score_rows(model, [example.rejected for example in examples])
+
+    def log_sigmoid(x):
+        return -math.log(1 + math.exp(-x))
+
+    ranking = -log_sigmoid(c[0] - r[0] - 2) - log_sigmoid(c[1] - r[1])
+    safety = -log_sigmoid(c[0]) - log_sigmoid(-r[0])
+    for aux in (0.0, 0.5):
+        found = reward.pair_loss(model, examples, aux).item()
+        assert found == pytest.approx(ranking + aux * safety, rel=1e-4)
+
+
+def test_of_a_long_dialogue_the_end_is_kept_and_a_cut_difference_drops_the_pair(tok):
+    pair = dict(prompt="word " * 60, chosen="yes", rejected="no")
+    (whole,), (short,) = encode_pairs(tok, pair, context=1000), encode_pairs(tok, pair, context=20)
+    assert (short.chosen, short.rejected) == (whole.chosen[-20:], whole.rejected[-20:])
+    assert whole.chosen[-1] == whole.rejected[-1] == tok.eos_id
+    with pytest.raises(records.Unusable, match="context"):
+        pair = dict(prompt="a", chosen="yes" + " w" * 60, rejected="no" + " w" * 60)
+        encode_pairs(tok, pair, context=20)
+
+
+def test_each_model_learns_from_its_own_pairs_and_some_of_the_others():
+    examples = [SimpleNamespace(kind="helpfulness")] * 50 + [SimpleNamespace(kind="safety")] * 90
+    for kind, counts in (("helpfulness", (50, 50)), ("safety", (10, 90))):
+        mixed = [example.kind for example in reward.mix(examples, kind, seed=0)]
+        assert (mixed.count("helpfulness"), mixed.count("safety")) == counts
+    with pytest.raises(ValueError, match="no pair of the kind safety"):
+        reward.mix(examples[:50], "safety", seed=0)
+
+
+def test_batches_hold_each_pair_once_an_epoch_and_micro_batches_little_padding():
+    rng = random.Random(0)
+    examples = [SimpleNamespace(chosen=[0] * rng.randint(1, 90), rejected=[0]) for _ in range(600)]
+    batches = reward.make_batches(examples, 16, 2, seed=1)
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, examples * 2))
+
+    def padding(batches):
+        total = 0
+        for batch in batches:
+            for at in range(0, len(batch), 4):
+                lengths = [len(example.chosen) for example in batch[at : at + 4]]
+                total += len(lengths) * max(lengths) - sum(lengths)
+        return total
+
+    shuffled = [rng.sample(batch, len(batch)) for batch in batches]
+    assert padding(batches) < 0.6 * padding(shuffled)
 
 
 def test_a_score_depends_on_its_dialogue_alone(tok):
     """Not on padding, companions or the side of a pair: read at the last token, nothing behind."""
-    model = reward_net(tok)
-    dialogs = [
-        say("a", "b"),
-        say("who is it?", "the fox and the owl", "and", "no"),
-        say("x y", "z"),
-    ]
-    alone = [llama2.score(model, tok, [d])[0] for d in dialogs]
+    model = make_reward_model(tok)
+    longer = say("who is it?", "the fox and the owl", "and", "no")
+    dialogs = [say("a", "b"), longer, say("x y", "z")]
+    alone = [llama2.score(model, tok, [dialog])[0] for dialog in dialogs]
     assert llama2.score(model, tok, dialogs) == pytest.approx(alone, abs=1e-5)
     assert llama2.score(model, tok, dialogs[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
     tokens = encode_dialog(tok, dialogs[0])[0]
     assert model(torch.tensor([tokens]))[0, -1].item() == pytest.approx(alone[0], abs=1e-5)
-    longer = llama2.score(model, tok, [say("w " * 400 + "end", "b")])[0]
-    row = encode_dialog(tok, say("w " * 400 + "end", "b"))[0][-256:]
-    assert longer == pytest.approx(model(torch.tensor([row]))[0, -1].item(), abs=1e-5)
+    long = say("w " * 400 + "end", "b")
+    tokens = encode_dialog(tok, long)[0][-256:]
+    by_hand = model(torch.tensor([tokens]))[0, -1].item()
+    assert llama2.score(model, tok, [long])[0] == pytest.approx(by_hand, abs=1e-5)
 
 
-def test_a_reward_model_knows_what_the_chat_model_knows(tmp_path, tok):
+def test_a_reward_model_knows_what_the_chat_model_knows(tmp_path, base):
     """All weights but the head's are those of the chat model; saved, it loads as what it is."""
-    chat = make_model(vocab_size=tok.vocab_size)
-    save(tmp_path / "chat", chat, tok)
-    model, _ = reward.reward_model(str(tmp_path / "chat"), "", "cpu", seed=0)
+    chat, tok = load(base)
+    model, _ = reward.make_reward_model(str(base), "cpu", seed=0)
     tokens = torch.randint(300, (2, 9))
     assert torch.equal(model.hidden(tokens), chat.hidden(tokens))
-    scratch, _ = reward.reward_model("none", str(tmp_path / "chat"), "cpu", seed=0)
-    assert not torch.equal(scratch.hidden(tokens), chat.hidden(tokens))
     save(tmp_path / "rm", model, tok)
     again, _ = load(tmp_path / "rm")
-    assert type(again) is RewardModel and torch.equal(again(tokens), model(tokens))
-    assert "score.weight" in again.state_dict() and "output.weight" not in again.state_dict()
+    assert type(again) is RewardModel
+    assert torch.equal(again(tokens), model(tokens))
+    assert "score.weight" in again.state_dict()
+    assert "output.weight" not in again.state_dict()
     with pytest.raises(ValueError, match="holds a reward model, expected a language model"):
         load(tmp_path / "rm", kind=Transformer)
+    later, _ = reward.make_reward_model(str(tmp_path / "rm"), "cpu", seed=5)
+    assert torch.equal(later(tokens), model(tokens))  # a later round goes on with it
 
 
-def rank(tok, pairs, state=None, keep=None, kind="safety", **changes):
-    model, config = reward_net(tok), reward.Settings(**dict(batch_size=8, lr=1e-3) | changes)
-    reward.train_reward_model(model, pairs, kind, config, state=state, keep=keep)
-    return model
-
-
-def test_reward_training_does_not_depend_on_micro_batches_and_resumes_exactly(tok):
-    pairs, states = preference_pairs(tok), []
-    whole = rank(tok, pairs, save_every=3, keep=lambda **s: states.append(copy.deepcopy(s)))
-    small = rank(tok, pairs, micro_batch=3)
-    assert furthest(whole.state_dict(), small.state_dict()) < 1e-5
-    resumed = rank(tok, pairs, save_every=3, state=states[0])
-    assert furthest(whole.state_dict(), resumed.state_dict()) == 0
-    other = rank(tok, pairs, aux_weight=0.0)
-    assert furthest(whole.state_dict(), other.state_dict()) > 1e-4
-
-
-def test_a_reward_model_learns_to_order_answers_and_to_tell_unsafe_ones(tok):
-    pairs = preference_pairs(tok, 300)
-    safety = [p for p in pairs if p["kind"] == "safety"]
-    model = rank(tok, safety, epochs=10.0, lr=3e-3)
-    scores = reward.scores_of(model, safety)
-    assert reward.accuracy(safety, scores)["significantly"][0] > 0.9 * sum(
-        p["rating"] == "significantly" for p in safety
-    )
-    assert reward.separation(safety, scores)["auc"] > 0.95
-
-
-def test_accuracy_and_separation_by_hand():
-    pairs = [
-        dict(rating="better", tokens=([1, 2], [1, 2]), chosen_safe=True, rejected_safe=False),
-        dict(rating="better", tokens=([1, 2], [1]), chosen_safe=True, rejected_safe=False),
-        dict(rating=None, tokens=([1, 2], [1]), chosen_safe=None, rejected_safe=True),
-    ]
-    scores = [(1.0, 0.5), (-3.0, -2.0), (0.0, 0.0)]
-    assert reward.accuracy(pairs, scores) == {
-        "better": (1.0, 2),
-        "all": (1.5, 3),
-        "equal length": (1.0, 1),
-    }
-    # safe: 1, -3, 0; unsafe: 0.5, -2. Of the 6 meetings, the safe one is higher in 1>.5 1>-2 0>-2
-    told = reward.separation(pairs, scores)
-    assert told["auc"] == pytest.approx(3 / 6)
-    # sigmoid < 0.5: -3 (safe), -2 (unsafe); 0 is not below; < 0.15 (score < -1.73): the same two
-    assert told["precision 0.5"] == told["precision 0.15"] == 0.5
-    assert told["recall 0.5"] == told["recall 0.15"] == 0.5
-
-
-def test_wilsons_interval_holds_the_truth_about_as_often_as_it_says():
-    rng, held = random.Random(0), 0
-    for _ in range(2000):
-        low, high = llama2.wilson(sum(rng.random() < 0.9 for _ in range(50)), 50)
-        held += low <= 0.9 <= high
-    assert 0.93 < held / 2000 < 0.975
-    assert llama2.wilson(0, 10)[0] == pytest.approx(0) and llama2.wilson(10, 10)[1] <= 1
-
-
-# ----------------------------------------------------------------------------- reward models: runs
-RM_RUN = dict(
-    pairs=40,
-    margin="small",
-    batch_size=8,
-    log_every=1,
-    device="cpu",
-    base="none",
-    temperatures=(1.0,),
-)
-
-
-def test_collection_gives_two_answers_from_two_variants_at_all_temperatures(tok):
-    asked = []
-
-    def fake(variant, tok, dialogs, temperature, seed):
-        asked.append((variant, temperature, len(dialogs)))
-        return [f"{variant} {temperature} {d[0]['content']}" for d in dialogs]
-
-    old, reward.respond = reward.respond, fake
-    try:
-        answers = reward.collect(["new", "old"], tok, [f"p{i}" for i in range(60)], (0.5, 1.0), 0)
-    finally:
-        reward.respond = old
-    assert len(answers) == 60 and {v for v, _, _ in asked} == {"new", "old"}
-    assert all(text.endswith(f" p{i}") for i, both in enumerate(answers) for text in both)
-    assert {a.split()[0] for a, _ in answers} == {"new", "old"}  # either may stand first
-    assert {(a.split()[1], b.split()[1]) for a, b in answers} == {
-        (s, t) for s in ("0.5", "1.0") for t in ("0.5", "1.0")
-    }
-    chat, base = make_model(), make_model()
-    base.norm.weight.data.mul_(3)
-    half = reward.blended(chat, base, 0.25).state_dict()["norm.weight"]
-    assert torch.allclose(half, 0.25 * chat.norm.weight + 0.75 * base.norm.weight)
-
-
-def test_reward_models_are_collected_trained_and_reported(tmp_path, base, capsys):
-    config = reward.Settings(init=str(base), chat=str(base), out=str(tmp_path / "rm"), **RM_RUN)
-    metrics = reward.main(config)
-    assert {
-        "separation",
-        "safety pairs, safety model",
-        "helpfulness pairs, a perfect model",
-    } <= set(metrics["judged"])
-    shown = capsys.readouterr().out
-    assert "pairs of new prompts" in shown and "AC2" in shown and "both unsafe" in shown
-    for kind in reward.KINDS:
-        assert type(load(tmp_path / "rm" / kind)[0]) is RewardModel
-    done = run(
-        "llama2.py",
-        "chat",
-        base,
-        "--reward",
-        tmp_path / "rm/safety",
-        "--max-new-tokens",
-        4,
-        input="Hello.\n",
-    )
-    assert "(reward " in done.stdout
-
-
-def test_an_interrupted_run_keeps_its_preferences_and_its_finished_model(tmp_path, base):
-    config = reward.Settings(init=str(base), chat=str(base), out=str(tmp_path / "rm"), **RM_RUN)
+def test_a_reward_model_learns_to_order_answers_and_to_tell_unsafe_ones(tmp_path, inputs):
+    _, config = stage("rm", inputs, tmp_path / "rm", epochs=20, lr=3e-3, val_fraction=0.0)
     reward.main(config)
-    kept = {
-        name: (tmp_path / "rm" / name).stat().st_mtime_ns
-        for name in ("preferences.jsonl", "helpfulness/consolidated.00.pth")
-    }
-    weights = torch.load(tmp_path / "rm/safety/consolidated.00.pth")
-    with pytest.raises(ValueError, match="finished run"):
-        reward.main(replace(config, resume=True))
-    for name in ("summary.txt", "safety/consolidated.00.pth"):
-        (tmp_path / "rm" / name).unlink()
-    reward.main(replace(config, resume=True))
-    assert all((tmp_path / "rm" / name).stat().st_mtime_ns == at for name, at in kept.items())
-    again = torch.load(tmp_path / "rm/safety/consolidated.00.pth")
-    assert furthest(weights, again) == 0
+    examiner = reward_models.Settings(folders=(str(folder_of(config)),), data=(inputs.pairs,))
+    found = reward_models.main(examiner)
+    ours = found["safety pairs, rm/safety"]
+    assert ours["significantly"] > 0.9
+    assert found["separation, rm/safety"]["auc"] > 0.95
 
 
-def test_someone_elses_transcripts_train_a_helpfulness_model_alone(tmp_path, base, capsys):
-    path = write_jsonl(
-        tmp_path / "hh.jsonl",
-        [
-            dict(chosen=hh(f"Say {i}.", f"{i} it is."), rejected=hh(f"Say {i}.", "No."))
-            for i in range(40)
-        ],
-    )
-    config = reward.Settings(init=str(base), data=(str(path),), out=str(tmp_path / "rm"), **RM_RUN)
-    metrics = reward.main(config)
-    assert set(metrics["judged"]) == {"helpfulness pairs, helpfulness model"}
-    assert "no pairs of safety" in capsys.readouterr().out
-
-
-def test_two_processes_train_reward_models_like_one(tmp_path, base):
-    path = write_jsonl(
-        tmp_path / "p.jsonl",
-        [dict(prompt=f"Say {i}.", chosen=f"{i} it is.", rejected="No.") for i in range(40)],
-    )
-    one = reward.Settings(
-        init=str(base), data=(str(path),), out=str(tmp_path / "one"), **RM_RUN | dict(batch_size=5)
-    )
-    reward.main(one)
-    run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train_rm.py",
-        *flags(replace(one, out=str(tmp_path / "two"))),
-    )
-    a, b = losses(tmp_path / "one/helpfulness"), losses(tmp_path / "two/helpfulness")
-    assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) < 1e-5
-
-
-def test_pairs_for_others_to_label_come_from_ones_own_prompts(tmp_path, base):
-    prompts = write_jsonl(
-        tmp_path / "q.jsonl", [dict(prompt=f"Say {i}.", is_safety=i == 0) for i in range(5)]
-    )
-    config = reward.Settings(
-        init=str(base),
-        chat=str(base),
-        prompts=str(prompts),
-        unlabelled=str(tmp_path / "u.jsonl"),
-        **RM_RUN,
-    )
-    reward.main(config)
-    records = [r for _, r in llama2.read_json(tmp_path / "u.jsonl")]
-    assert [r["prompt"] for r in records] == [f"Say {i}." for i in range(5)]
-    assert [r["kind"] for r in records] == ["safety"] + ["helpfulness"] * 4 and "a" in records[0]
-
-
-# -------------------------------------------------------------------------------------------- RLHF
-@pytest.fixture(scope="session")
-def judges(tmp_path_factory, tok):
-    """A folder of two random reward models."""
-    folder = tmp_path_factory.mktemp("judges")
-    for seed, kind in enumerate(reward.KINDS):
-        torch.manual_seed(seed)
-        model = RewardModel(replace(ARGS, vocab_size=tok.vocab_size))
-        torch.nn.init.normal_(model.score.weight)
-        save(folder / kind, model, tok)
-    return folder
-
-
-RLHF_RUN = dict(
-    base="none",
-    versions=2,
-    prompts_a_version=8,
-    samples=2,
-    temperatures=(1.0,),
-    pairs=20,
-    iterations=2,
-    batch_size=8,
-    mini_batch=4,
-    micro_batch=4,
-    max_new_tokens=6,
-    eval_every=1,
-    save_every=1,
-    device="cpu",
-)
-
-
+# --------------------------------------------------------------------------------------- train_rlhf
 def test_the_combined_reward_takes_safety_where_asked_or_needed():
     s = math.log(0.15 / 0.85)
     helpful = torch.tensor([1.0, 2.0, 3.0, 500.0, -500.0])
     safe = torch.tensor([-1.0, s - 0.01, s + 0.01, -300.0, 300.0])
     tags = torch.tensor([True, False, False, False, False])
-    reward_, gated = rlhf.combined_reward(helpful, safe, tags)
-    assert reward_.tolist() == pytest.approx([-1.0, s - 0.01, 3.0, -300.0, -500.0], abs=1e-6)
+    found, gated = rlhf.combined_reward(helpful, safe, tags)
+    assert found.tolist() == pytest.approx([-1.0, s - 0.01, 3.0, -300.0, -500.0], abs=1e-6)
     assert gated.tolist() == [True, True, False, True, False]
-    # logit(sigmoid(x)) the long way, where float64 still can
-    for value in (1.0, -3.0, 7.5):
-        p = 1 / (1 + math.exp(-value))
-        assert math.log(p / (1 - p)) == pytest.approx(value)
 
 
 def test_whitening_gives_mean_0_and_variance_1_of_what_the_mask_shows():
@@ -1865,57 +2006,59 @@ def test_whitening_gives_mean_0_and_variance_1_of_what_the_mask_shows():
     shown = x[mask].tolist()
     mean = sum(shown) / len(shown)
     spread = math.sqrt(sum((v - mean) ** 2 for v in shown) / len(shown))
-    assert torch.allclose(
-        white[mask], torch.tensor([(v - mean) / spread for v in shown]), atol=1e-5
-    )
+    by_hand = torch.tensor([(v - mean) / spread for v in shown])
+    assert torch.allclose(white[mask], by_hand, atol=1e-5)
     assert (white[~mask] == 0).all()
     other = torch.where(mask, x, torch.full_like(x, 1e6))
     assert torch.allclose(rlhf.whiten(other, mask), white, atol=1e-4)
     assert rlhf.whiten(torch.ones(4)).tolist() == [0, 0, 0, 0]  # all alike: no signal, no NaN
 
 
-def test_gae_by_hand_and_against_its_definition():
+def test_token_rewards_and_gae_by_hand():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     values = torch.tensor([[0.5, 1.0, -0.5], [2.0, 9.0, 9.0]])
     scores, kl = torch.tensor([3.0, -1.0]), torch.tensor([[0.1, -0.2, 0.3], [0.4, 9.0, 9.0]])
     rewards = rlhf.token_rewards(scores, kl, mask, beta=0.5)
     assert torch.allclose(rewards, torch.tensor([[-0.05, 0.1, 2.85], [-1.2, 0.0, 0.0]]))
-    gamma, lam = 0.9, 0.8
-    found = rlhf.gae(rewards, values, mask, gamma, lam)
+    found = rlhf.gae(rewards, values, mask, 0.9, 0.8)
     d = [-0.05 + 0.9 * 1.0 - 0.5, 0.1 + 0.9 * -0.5 - 1.0, 2.85 + 0.5]
     by_hand = [d[0] + 0.72 * d[1] + 0.72**2 * d[2], d[1] + 0.72 * d[2], d[2]]
     assert found[0].tolist() == pytest.approx(by_hand)
     assert found[1].tolist() == pytest.approx([-1.2 - 2.0, 0, 0])
 
-    n = 9
+
+def test_gae_is_the_weighted_mean_of_all_n_step_advantages():
+    n, gamma, lam = 9, 0.9, 0.8
     rewards, values = torch.randn(1, n), torch.randn(1, n)
     found = rlhf.gae(rewards, values, torch.ones(1, n, dtype=torch.bool), gamma, lam)
-    for t in range(n):  # (1 - lam) times the lam-weighted mean of all n-step advantages
+    for t in range(n):
         steps = []
         for k in range(1, n - t + 1):
             seen = sum(gamma**i * rewards[0, t + i].item() for i in range(k))
             rest = gamma**k * values[0, t + k].item() if t + k < n else 0
             steps.append(seen + rest - values[0, t].item())
-        weights = [(1 - lam) * lam ** (k - 1) for k in range(1, len(steps))]
-        total = sum(w * s for w, s in zip(weights, steps)) + lam ** (len(steps) - 1) * steps[-1]
+        total = lam ** (len(steps) - 1) * steps[-1]
+        for k, step in enumerate(steps[:-1]):
+            total += (1 - lam) * lam**k * step
         assert found[0, t].item() == pytest.approx(total, abs=1e-4)
 
 
-def test_the_clipped_losses_by_hand():
+def test_the_clipped_policy_loss_and_its_gradient_by_hand():
     ratios, advantages = [0.5, 0.5, 1.5, 1.5, 1.1], [1.0, -1.0, 1.0, -1.0, 2.0]
-    old = torch.zeros(1, 6)
     new = torch.tensor([[*map(math.log, ratios), 5.0]], requires_grad=True)
     mask = torch.tensor([[True] * 5 + [False]])
-    loss, ratio = rlhf.policy_loss(new, old, torch.tensor([[*advantages, 7.0]]), mask, 0.2)
+    advantages = torch.tensor([[*advantages, 7.0]])
+    loss, ratio = rlhf.policy_loss(new, torch.zeros(1, 6), advantages, mask, 0.2)
     # min(ratio A, clip A): 0.5, -0.8, 1.2, -1.5, 2.2
     assert loss.item() == pytest.approx(-(0.5 - 0.8 + 1.2 - 1.5 + 2.2))
     assert ratio[0, 5] == 1
     loss.backward()  # d/dlog = ratio A where it is not clipped, 0 where it is
     assert new.grad[0].tolist() == pytest.approx([-0.5, 0, 0, 1.5, -2.2, 0])
 
-    values = torch.tensor([[1.0, 3.0, 9.0]])
+
+def test_the_clipped_value_loss_by_hand_from_both_sides():
+    values, mask = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])
     old_values, returns = torch.tensor([[0.9, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
-    mask = torch.tensor([[True, True, False]])
     # kept near: 1.0 and 0.2; the worse: (1 - 2)^2 and (3 - 1)^2
     assert rlhf.value_loss(values, old_values, returns, mask, 0.2).item() == pytest.approx(2.5)
     # a value that has moved far is held to what is near: 0.2 and -0.2, though 3 and -3 were better
@@ -1924,814 +2067,562 @@ def test_the_clipped_losses_by_hand():
     assert loss.item() == pytest.approx(2.7**2)
 
 
+def answer_of(tokens, start, is_safety=False):
+    prompt = records.Prompt(str(tokens[:start]), is_safety, tokens[:start])
+    return records.Answer(prompt, tokens[start:], True)
+
+
 @torch.no_grad()
-def test_logprobs_values_and_rewards_stand_where_the_drawing_says(tok):
-    model, rows, starts = make_model(), [[1, 5, 6, 7, 8, 2], [1, 9, 2]], [3, 2]
-    logprobs, entropy = rlhf.policy_terms(model, rows, starts, 3, temperature=0.7)
-    for row, start, found, h in zip(rows, starts, logprobs, entropy):
-        for column, t in enumerate(range(start, len(row))):
-            logits = (model(torch.tensor([row[:t]]))[0, -1] / 0.7).double()
-            p = logits.exp() / logits.exp().sum()
-            assert found[column].item() == pytest.approx(math.log(p[row[t]]), abs=1e-4)
-            assert h[column].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
+def test_logprobs_and_values_stand_where_the_drawing_says():
+    model, sequences, starts = make_model(), [[1, 5, 6, 7, 8, 2], [1, 9, 2]], [3, 2]
+    found = [answer_of(sequence, start) for sequence, start in zip(sequences, starts)]
+    rollout = rlhf.make_rollout(found, "cpu")
+    assert rollout.response_mask.tolist() == [[True, True, True], [True, False, False]]
+    logprobs = rlhf.answer_logprobs(model, rollout, temperature=0.7)
     critic = RewardModel(ARGS)
-    values = rlhf.values_of(critic, rows, starts, 3)
-    for row, start, found in zip(rows, starts, values):
-        for column, t in enumerate(range(start, len(row))):
-            assert found[column].item() == pytest.approx(
-                critic(torch.tensor([row[:t]]))[0, -1].item(), abs=1e-5
-            )
+    values = rlhf.answer_values(critic, rollout)
+    for n, (sequence, start) in enumerate(zip(sequences, starts)):
+        for column, t in enumerate(range(start, len(sequence))):
+            before = torch.tensor([sequence[:t]])
+            p = (model(before)[0, -1].double() / 0.7).softmax(-1)
+            by_hand = math.log(p[sequence[t]])
+            assert logprobs[n, column].item() == pytest.approx(by_hand, abs=1e-4)
+            assert values[n, column].item() == pytest.approx(critic(before)[0, -1].item(), abs=1e-5)
 
 
-def rolled(tok, judges, count=12, **changes):
-    config = rlhf.Settings(**RLHF_RUN | dict(batch_size=count, max_new_tokens=8) | changes)
+def ppo_models(tok, judges, **changes):
+    config = rlhf.Settings(method="ppo", batch_size=12, mini_batch=12, **RLHF | changes)
     policy = make_model(vocab_size=tok.vocab_size)
-    models = rlhf.load_judges(judges, "cpu")
-    prompts = rlhf.draw_prompts(config, 1, count, tok, ARGS.max_seq_len)
-    critic = copy.deepcopy(models[0])
-    made = rlhf.roll_out(
-        policy, make_model(vocab_size=tok.vocab_size), critic, models, tok, prompts, config, seed=3
-    )
-    return config, policy, critic, made, prompts
+    models = rlhf.load_reward_models(judges, policy, tok, "cpu")
+    folder = SimpleNamespace(state=None, rank=0, world=1, begin=lambda *_: 0)
+    learner, _, _ = rlhf.begin_ppo(policy, models, config, folder)
+    folder.count_step = lambda *_: None
+    asked = prompts.preference_prompts(world.town(1), 12)
+    return config, learner, models, [records.to_prompt(one, tok, 64) for one in asked], folder
+
+
+def one_update(learner, rollout, config, folder):
+    """The weights of both models after a step of plain gradient descent."""
+    models = copy.deepcopy((learner.policy, learner.value_model))
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in models]
+    again = rlhf.Learner(models[0], learner.reference, models[1], *optimizers)
+    sums = rlhf.update(again, *models, rollout, 0, config, folder)
+    return sums, [model.state_dict() for model in models]
 
 
 def test_the_first_ratio_is_one_and_an_unchanged_policy_has_no_kl(tok, judges):
-    config, policy, critic, (batch, stats, texts), _ = rolled(tok, judges, mini_batch=12)
-    assert abs(stats["kl"]) < 1e-4 and abs(stats["kl_k3"]) < 1e-6 and len(texts) == 12
-    engines = [policy, critic]
-    optimizers = [llama2.adamw(m, 1e-3, 0, 0.9, 0.95, 1e-5) for m in engines]
-    found = rlhf.update(engines, optimizers, batch, config, seed=0)
-    assert found["first_ratio"] == pytest.approx(1, abs=1e-5)
-    assert found["clip_fraction"] == 0 and found["skipped"] == 0
+    config, learner, models, asked, folder = ppo_models(tok, judges)
+    rollout, scores = rlhf.collect(learner, tok, models, asked, 3, config)
+    sums, _ = one_update(learner, rollout, config, folder)
+    stats = rlhf.statistics(rollout, scores, sums)
+    assert abs(stats["kl"]) < 1e-4
+    assert abs(stats["kl_k3"]) < 1e-6
+    assert stats["first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert stats["clip_fraction"] == 0
 
 
-def test_micro_batches_do_not_change_an_update(tok, judges):
-    after = []
-    for size in (12, 5, 1):
-        config, policy, critic, (batch, _, _), _ = rolled(
-            tok, judges, mini_batch=12, micro_batch=size
-        )
-        engines = [policy, critic]
-        rlhf.update(
-            engines, [torch.optim.SGD(m.parameters(), 0.1) for m in engines], batch, config, seed=0
-        )
-        after.append([m.state_dict() for m in engines])
-    for a, b in zip(after[0], after[1]):
-        assert furthest(a, b) < 1e-5
-    for a, b in zip(after[0], after[2]):
-        assert furthest(a, b) < 1e-5
-
-
-def test_nothing_behind_eos_counts(tok, judges):
-    config, policy, critic, (batch, stats, _), _ = rolled(tok, judges, mini_batch=12)
-    spoilt = {
-        name: torch.where(batch["mask"], batch[name], torch.full_like(batch[name], 1e3))
-        for name in ("old", "advantages", "values", "returns")
-    }
-    weights = []
-    for some in (batch, batch | spoilt):
-        engines = [copy.deepcopy(policy), copy.deepcopy(critic)]
-        rlhf.update(
-            engines, [torch.optim.SGD(m.parameters(), 0.1) for m in engines], some, config, seed=0
-        )
-        weights.append([m.state_dict() for m in engines])
-    assert not batch["mask"].all()
-    assert all(furthest(a, b) == 0 for a, b in zip(*weights))
-    lengths = [len(r) - s for r, s in zip(batch["rows"], batch["starts"])]
-    assert batch["mask"].sum(1).tolist() == lengths
+def test_micro_batches_and_what_stands_behind_eos_change_no_update(tok, judges):
+    more = dict(micro_batch=12, max_new_tokens=9)
+    config, learner, models, asked, folder = ppo_models(tok, judges, **more)
+    rollout, _ = rlhf.collect(learner, tok, models, asked, 3, config)
+    assert not rollout.response_mask.all()
+    _, whole = one_update(learner, rollout, config, folder)
+    for size in (5, 1):
+        _, cut = one_update(learner, rollout, replace(config, micro_batch=size), folder)
+        assert all(furthest(a, b) < 1e-5 for a, b in zip(whole, cut))
+    spoilt = copy.copy(rollout)
+    for name in ("old_logprobs", "advantages", "values", "returns"):
+        value = getattr(rollout, name)
+        behind = torch.where(rollout.response_mask, value, torch.full_like(value, 1e3))
+        setattr(spoilt, name, behind)
+    _, same = one_update(learner, spoilt, config, folder)
+    assert all(furthest(a, b) == 0 for a, b in zip(whole, same))
 
 
 def test_reported_kl_is_the_mean_over_samples_of_the_log_ratio(tok, judges):
-    config = rlhf.Settings(**RLHF_RUN | dict(batch_size=12))
-    policy, reference = (make_model(vocab_size=tok.vocab_size) for _ in range(2))
-    reference.output.weight.data += 0.1 * torch.randn_like(reference.output.weight)
-    models = rlhf.load_judges(judges, "cpu")
-    prompts = rlhf.draw_prompts(config, 1, 12, tok, ARGS.max_seq_len)
-    batch, stats, _ = rlhf.roll_out(policy, reference, models[0], models, tok, prompts, config, 3)
-    k1, k3, tokens = 0.0, 0.0, 0
-    for row, start in zip(batch["rows"], batch["starts"]):
-        p, q = (m(torch.tensor([row]))[0].log_softmax(-1) for m in (policy, reference))
-        for t in range(start, len(row)):
-            d = (p[t - 1, row[t]] - q[t - 1, row[t]]).item()
+    config, learner, models, asked, folder = ppo_models(tok, judges)
+    noise = torch.randn_like(learner.reference.output.weight)
+    learner.reference.output.weight.data += 0.1 * noise
+    rollout, scores = rlhf.collect(learner, tok, models, asked, 3, config)
+    sums, _ = one_update(learner, rollout, config, folder)
+    stats, k1, k3, tokens = rlhf.statistics(rollout, scores, sums), 0.0, 0.0, 0
+    for sequence, start in zip(rollout.sequences, rollout.starts):
+        both = learner.policy, learner.reference
+        p, q = (m(torch.tensor([sequence]))[0].log_softmax(-1) for m in both)
+        for t in range(start, len(sequence)):
+            d = (p[t - 1, sequence[t]] - q[t - 1, sequence[t]]).item()
             k1, k3, tokens = k1 + d, k3 + math.exp(-d) - 1 + d, tokens + 1
     assert stats["kl"] == pytest.approx(k1 / 12, abs=1e-4)
     assert stats["kl_k1"] == pytest.approx(k1 / tokens, abs=1e-5)
-    assert stats["kl_k3"] == pytest.approx(k3 / tokens, abs=1e-5) and stats["kl_k3"] > 0
+    assert stats["kl_k3"] == pytest.approx(k3 / tokens, abs=1e-5)
+    assert stats["kl_k3"] > 0
 
 
-def test_ppo_finds_the_token_that_is_rewarded(tok, monkeypatch):
-    """A bandit: the reward is the share of one token among an answer's first three."""
+def test_ppo_finds_the_token_that_is_rewarded(tok, judges, monkeypatch):
+    """A bandit: the reward is the share of one token among an answer's."""
     wanted = 77
 
-    def judge_rows(judges, rows, is_safety):
-        good = torch.tensor([float(row[-4:].count(wanted)) for row in rows])
-        return good, good, good, torch.zeros(len(rows), dtype=torch.bool)
+    def score(models, found):
+        good = torch.tensor([float(answer.tokens.count(wanted)) for answer in found])
+        return rlhf.Scores(good, good, good, good < 0, good > -1)
 
-    monkeypatch.setattr(rlhf, "judge_rows", judge_rows)
-    policy, config = make_model(vocab_size=tok.vocab_size), rlhf.Settings(
-        **RLHF_RUN
-        | dict(
-            iterations=40,
-            batch_size=64,
-            mini_batch=16,
-            micro_batch=16,
-            lr=3e-3,
-            value_lr=3e-3,
-            beta=0.01,
-            max_new_tokens=4,
-            unfinished_penalty=0.0,
-        )
+    monkeypatch.setattr(rlhf, "score", score)
+    monkeypatch.setattr(rlhf, "evaluate", lambda *_: next(looks))
+    looks = iter(range(999))
+    config, learner, models, asked, folder = ppo_models(
+        tok, judges, iterations=40, max_new_tokens=4, temperature=1.0,
     )
+    config = replace(config, batch_size=48, mini_batch=16, lr=3e-3, value_lr=3e-3, beta=0.01)
+    policy = learner.policy
     torch.nn.init.normal_(policy.output.weight, std=0.02)
-    critic = RewardModel(replace(ARGS, vocab_size=tok.vocab_size))
-    prompts = rlhf.draw_prompts(config, 1, 64, tok, ARGS.max_seq_len)
+    folder.log = folder.save = lambda *_, **__: None
 
     def share():
-        answers = rlhf.sample_answers(policy, prompts, 1.0, config, 5, tok.eos_id, 4)
-        return sum(a.count(wanted) for a in answers) / (4 * 4 * len(prompts))
+        found = rlhf.generate_answers(policy, tok, asked * 20, 1.0, 5, config)
+        return sum(answer.tokens.count(wanted) for answer in found) / (4 * len(found))
 
     before = share()
-    rlhf.ppo(policy, tok, [critic], prompts, [], config)
-    assert before < 0.02 and share() > 0.8
-
-
-def test_rejection_sampling_with_one_sample_is_sampling(tok, judges):
-    config = rlhf.Settings(**RLHF_RUN | dict(samples=1, max_new_tokens=40))
-    policy, models = make_model(vocab_size=tok.vocab_size), rlhf.load_judges(judges, "cpu")
-    policy.output.weight.data[tok.eos_id] *= 3
-    prompts = rlhf.draw_prompts(config, 1, 10, tok, ARGS.max_seq_len)
-    best, rewards = rlhf.sample_best(policy, tok, models, prompts, 1.0, config, seed=4)
-    outs = generate(policy, [p["tokens"] for p in prompts], 40, 1.0, seed=4, eos_id=tok.eos_id)
-    finished = [ids for ids in outs if ids[-1] == tok.eos_id]
-    assert (
-        [b["ids"] for b in best if b] == finished and 0 < len(finished) and rewards.shape == (10, 1)
-    )
-
-
-def test_the_best_finished_answer_is_kept_and_more_samples_raise_the_maximum(tok, judges):
-    eos = 2
-    assert rlhf.best_of([[5], [5, eos], [6, eos]], [9.0, 1.0, 2.0], eos) == 2
-    assert rlhf.best_of([[5], [6]], [1.0, 2.0], eos) == 1
-    config = rlhf.Settings(**RLHF_RUN | dict(samples=8, max_new_tokens=8))
-    policy, models = make_model(vocab_size=tok.vocab_size), rlhf.load_judges(judges, "cpu")
-    prompts = rlhf.draw_prompts(config, 1, 10, tok, ARGS.max_seq_len)
-    _, rewards = rlhf.sample_best(policy, tok, models, prompts, 1.0, config, seed=4)
-    answers = rlhf.sample_answers(policy, prompts, 1.0, config, 4, tok.eos_id, 8)
-    rows = [prompts[i // 8]["tokens"] + a for i, a in enumerate(answers)]
-    scores, safe = (llama2.score_rows(model, rows) for model in models)
-    for i, p in enumerate(prompts):
-        for k in range(8):
-            h, s = scores[8 * i + k], safe[8 * i + k]
-            use = s if p["is_safety"] or 1 / (1 + math.exp(-s)) < 0.15 else h
-            assert rewards[i, k].item() == pytest.approx(use, abs=1e-5)
-    assert rewards.amax(1).mean() > rewards[:, :2].amax(1).mean() > rewards[:, 0].mean()
-
-
-def test_the_pool_keeps_the_best_of_all_versions(tok, judges):
-    models = rlhf.load_judges(judges, "cpu")
-
-    def record(prompt, ids):
-        return dict(prompt=prompt, is_safety=False, tokens=[1, 5], ids=[*ids, 2], answer="x")
-
-    earlier = [[record("a", [7]), record("b", [8])], [record("a", [9])]]
-    newest = [record("a", [10, 11]), record("c", [12])]
-    pool = rlhf.pool_of(newest, earlier, models)
-    assert sorted(r["prompt"] for r in pool) == ["a", "b", "c"]
-    rewards = {
-        tuple(r["ids"]): rlhf.judge_rows(models, [[1, 5] + r["ids"]], [False])[0].item()
-        for r in earlier[0][:1] + earlier[1] + newest[:1]
-    }
-    kept = next(r for r in pool if r["prompt"] == "a")
-    assert tuple(kept["ids"]) == max(rewards, key=rewards.get)
-    assert {r["prompt"] for r in rlhf.pool_of(newest, (), models)} == {"a", "c"}
-
-
-def test_all_versions_run_are_scored_and_resume(tmp_path, base, judges, capsys, monkeypatch):
-    monkeypatch.setattr(llama2, "generate", ends)
-    config = rlhf.Settings(
-        init=str(base),
-        rm=str(judges),
-        out=str(tmp_path / "rlhf"),
-        scoreboard=str(tmp_path / "scoreboard.json"),
-        **RLHF_RUN,
-    )
-    metrics = rlhf.main(config)
-    shown = capsys.readouterr().out
-    rows = json.loads((tmp_path / "scoreboard.json").read_text())
-    assert list(rows) == ["greedy", "sampled"] and list(rows["greedy"]) == ["SFT", "V1", "V2", "V3"]
-    assert rows["sampled"]["SFT"]["win rate"] == 0.5 and abs(rows["sampled"]["SFT"]["kl"]) < 1e-3
-    assert "violations" in shown and "V2, by rejection" in shown and "V3, by ppo" in shown
-    assert metrics["v2"]["pool"] >= metrics["v1"]["pool"]
-    logged = [json.loads(line) for line in (tmp_path / "rlhf/v3/metrics.jsonl").open()]
-    assert {
-        "first_ratio",
-        "clip_fraction",
-        "kl",
-        "kl_k3",
-        "helpfulness",
-        "safety",
-        "gated",
-        "length",
-        "eos",
-        "entropy",
-        "explained_variance",
-        "truth",
-    } <= logged[-1].keys()
-
-    with pytest.raises(ValueError, match="holds a run"):
-        rlhf.main(config)
-    weights = torch.load(tmp_path / "rlhf/v3/consolidated.00.pth")
-    kept = (tmp_path / "rlhf/v2/consolidated.00.pth").stat().st_mtime_ns
-    (tmp_path / "rlhf/v3/consolidated.00.pth").unlink()
-    rlhf.main(replace(config, resume=True))
-    assert (tmp_path / "rlhf/v2/consolidated.00.pth").stat().st_mtime_ns == kept
-    assert furthest(weights, torch.load(tmp_path / "rlhf/v3/consolidated.00.pth")) == 0
-    with pytest.raises(ValueError, match="was 2, now 3"):
-        rlhf.main(replace(config, resume=True, iterations=3))
-
-
-def ends(model, prompts, max_new_tokens, temperature, seed=0, eos_id=-1):
-    """Samples that end with EOS, which a random model's seldom do."""
-    return [ids + [eos_id] for ids in generate(model, prompts, 4, temperature, seed=seed)]
-
-
-def rlhf_prompts(tmp_path):
-    return write_jsonl(
-        tmp_path / "q.jsonl",
-        [dict(prompt=f"Say {i} to {i + 1}.", is_safety=i % 3 == 0) for i in range(30)],
-    )
-
-
-def test_an_interrupted_ppo_goes_on_exactly(tmp_path, base, judges, monkeypatch):
-    one = rlhf.Settings(
-        init=str(base),
-        rm=str(judges),
-        prompts=str(rlhf_prompts(tmp_path)),
-        method="ppo",
-        out=str(tmp_path / "one"),
-        seed=2,
-        **RLHF_RUN | dict(iterations=4, lr=1e-3),
-    )
-    rlhf.main(one)
-    two, update, calls = replace(one, out=str(tmp_path / "two")), rlhf.update, []
-
-    def dies(*args, **more):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return update(*args, **more)
-
-    monkeypatch.setattr(rlhf, "update", dies)
-    with pytest.raises(KeyboardInterrupt):
-        rlhf.main(two)
-    assert (tmp_path / "two/resume.pt").exists()
-    rlhf.main(replace(two, resume=True))
-    a, b = (torch.load(tmp_path / name / "consolidated.00.pth") for name in ("one", "two"))
-    assert furthest(a, b) == 0 and len(calls) == 5
-
-
-@pytest.mark.parametrize("method", ["ppo", "rejection-sampling"])
-def test_two_processes_do_rlhf_like_one(tmp_path, base, judges, method):
-    """With given answers, for each process samples, and deals mini-batches, on its own."""
-    more = dict(lr=1e-3, tune_lr=1e-3, mini_batch=8, tune_batch=1)
-    one = rlhf.Settings(
-        init=str(base),
-        rm=str(judges),
-        method=method,
-        prompts=str(rlhf_prompts(tmp_path)),
-        out=str(tmp_path / "one"),
-        **RLHF_RUN | more,
-    )
-    script = tmp_path / "answers.py"
-    script.write_text(
-        "import sys; sys.path.insert(0, '.')\nimport llama2, train_rlhf as r\n"
-        "llama2.generate = lambda m, prompts, n, t, seed, eos_id: "
-        "[[5 + len(p) % 7, 9 + sum(p) % 5, eos_id] for p in prompts]\n"
-        "r.run_script(r.main, r.Settings, r.PAPER)\n"
-    )
-    run(script, *flags(one))
-    two = replace(one, out=str(tmp_path / "two"))
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags(two))
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("one", "two")
-    ]
-    assert len(logs[0]) == len(logs[1]) > 1
-    for a, b in zip(*logs):
-        for name in set(a) - {"tokens_per_s"}:
-            if not name.startswith("s_"):
-                assert a[name] == pytest.approx(b[name], abs=2e-4), name
-    a, b, start = (
-        load(folder)[0].state_dict() for folder in (tmp_path / "one", tmp_path / "two", base)
-    )
-    moved = furthest(a, start)
-    # the same answers are never better: PPO ends as it was best, at its start
-    assert furthest(a, b) <= moved / 10 and (moved > 0) is (method != "ppo")
-
-
-def test_rejection_sampling_runs_alone_and_its_samples_teach_another_model(
-    tmp_path, base, judges, monkeypatch
-):
-    config = rlhf.Settings(
-        init=str(base),
-        rm=str(judges),
-        prompts=str(rlhf_prompts(tmp_path)),
-        method="rejection-sampling",
-        out=str(tmp_path / "rs"),
-        **RLHF_RUN | dict(samples=4),
-    )
-    with pytest.raises(ValueError, match="ended within --max-new-tokens 1:"):
-        rlhf.main(replace(config, max_new_tokens=1))
-    monkeypatch.setattr(llama2, "generate", ends)
-    figures = rlhf.main(config)
-    assert figures["max"] >= figures["median"] and figures["prompts"] == 8
-    assert load(tmp_path / "rs")[0].args.max_seq_len == ARGS.max_seq_len
-    pool = [r for _, r in llama2.read_json(tmp_path / "rs/pool.jsonl")]
-    assert len(pool) == 8 and figures["unfinished"] == 0
-    other = replace(config, distill_from=str(tmp_path / "rs"), out=str(tmp_path / "small"))
-    rlhf.main(other)
-    a, b = (load(folder)[0].state_dict() for folder in (base, tmp_path / "small"))
-    assert furthest(a, b) > 0
-    with pytest.raises(ValueError, match="finished run"):
-        rlhf.main(config)
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_with_prompts_of_ones_own_labels_refresh_the_reward_models(
-    tmp_path, base, judges, monkeypatch, capsys, labelled
-):
-    labels = write_jsonl(
-        tmp_path / "l.jsonl",
-        [dict(prompt=f"Say {i}.", chosen=f"{i} it is.", rejected="No.") for i in range(20)],
-    )
-    config = rlhf.Settings(
-        init=str(base),
-        rm=str(judges),
-        prompts=str(rlhf_prompts(tmp_path)),
-        labels=(str(labels),) * labelled,
-        out=str(tmp_path / "rlhf"),
-        **RLHF_RUN | dict(versions=1, iterations=1),
-    )
-    monkeypatch.setattr(llama2, "generate", ends)
-    metrics = rlhf.main(config)
-    shown = capsys.readouterr().out
-    assert ("the reward models stay as they are" in shown) is not labelled
-    assert list(metrics) == ["v1", "v2"] and ("reward models" in metrics["v2"]) is labelled
-    if labelled:
-        old, new = (
-            load(folder / "helpfulness")[0].state_dict()
-            for folder in (judges, tmp_path / "rlhf/v2/rm")
-        )
-        assert furthest(old, new) > 0
+    rlhf.ppo(policy, tok, models, asked * 4, asked, config, folder)
+    assert before < 0.02
+    assert share() > 0.8
 
 
 def test_ppo_stops_when_held_out_prompts_gain_nothing_and_keeps_the_best(tok, judges, monkeypatch):
-    looks = iter([1.0, 3.0, 2.0, 2.5, 9.0])
-    seen = []
+    looks, seen = iter([1.0, 3.0, 2.0, 2.5, 9.0]), []
 
-    def look(policy, *_):
+    def evaluate(policy, *_):
         seen.append(copy.deepcopy(policy.state_dict()))
-        return dict(held_out=next(looks))
+        return next(looks)
 
-    monkeypatch.setattr(rlhf, "look", look)
-    config = rlhf.Settings(**RLHF_RUN | dict(iterations=9, patience=2, lr=1e-3))
-    policy, models = make_model(vocab_size=tok.vocab_size), rlhf.load_judges(judges, "cpu")
-    prompts = rlhf.draw_prompts(config, 1, 16, tok, ARGS.max_seq_len)
-    assert rlhf.ppo(policy, tok, models, prompts, prompts, config) == dict(held_out=3.0)
-    assert len(seen) == 4 and furthest(policy.state_dict(), seen[1]) == 0
-    assert furthest(seen[1], seen[0]) > 0 and furthest(seen[1], seen[3]) > 0
+    monkeypatch.setattr(rlhf, "evaluate", evaluate)
+    config, learner, models, asked, folder = ppo_models(
+        tok, judges, iterations=9, patience=2, lr=1e-3, eval_every=1
+    )
+    folder.log = folder.save = lambda *_, **__: None
+    policy = learner.policy
+    assert rlhf.ppo(policy, tok, models, asked, asked, config, folder) == {"val_reward": 3.0}
+    assert len(seen) == 4
+    assert furthest(policy.state_dict(), seen[1]) == 0
+    assert furthest(seen[1], seen[0]) > 0
+    assert furthest(seen[1], seen[3]) > 0
+
+
+def test_the_best_finished_answer_of_each_prompt_is_kept(tok, judges):
+    """By slow loops: of K answers that of the highest reward, none that was cut off."""
+    policy = make_model(vocab_size=tok.vocab_size)
+    policy.output.weight.data[tok.eos_id] *= 3
+    models = rlhf.load_reward_models(judges, policy, tok, "cpu")
+    asked = prompts.preference_prompts(world.town(1), 10)
+    asked = [records.to_prompt(one, tok, 64) for one in asked]
+    config = rlhf.Settings(**RLHF | dict(samples=8, max_new_tokens=20))
+    folder = SimpleNamespace(rank=0, world=1)
+    found, figures = rlhf.sample_best(policy, tok, models, asked, config, folder)
+    repeated = [prompt for prompt in asked for _ in range(8)]
+    sampled = generate(
+        policy, [p.tokens for p in repeated], 20, 1.0, seed=1 + 10**6, eos_id=tok.eos_id
+    )
+    sequences = [prompt.tokens + out for prompt, out in zip(repeated, sampled)]
+    helpful, safe = (llama2.score_rows(models[kind], sequences) for kind in records.KINDS)
+    expected, highest = [], []
+    for n, prompt in enumerate(asked):
+        rewards = {}
+        for i in range(8 * n, 8 * n + 8):
+            gated = prompt.is_safety or 1 / (1 + math.exp(-safe[i])) < 0.15
+            rewards[i] = safe[i] if gated else helpful[i]
+        highest.append(max(rewards.values()))
+        finished = [i for i in rewards if sampled[i][-1] == tok.eos_id]
+        if finished:
+            best = max(finished, key=rewards.get)
+            expected.append((prompt.text, pytest.approx(rewards[best], abs=1e-5)))
+    assert [(record["prompt"], record["reward"]) for record in found] == expected
+    assert 0 < len(expected)
+    assert figures["unfinished"] == 10 - len(expected)
+    assert figures["max"] == pytest.approx(sum(highest) / 10, abs=1e-5)
+    assert figures["max"] > figures["median"]
+
+
+def test_the_pool_keeps_the_best_of_all_versions(tok, judges):
+    models = rlhf.load_reward_models(judges, make_model(vocab_size=tok.vocab_size), tok, "cpu")
+
+    def answer(text, *tokens):
+        return records.Answer(records.Prompt(text, False, [1, 5]), [*tokens, 2], True)
+
+    earlier = [answer("a", 7), answer("b", 8), answer("a", 9)]
+    newest = [answer("a", 10, 11), answer("c", 12)]
+    pool = rlhf.make_pool(earlier + newest, models)
+    assert sorted(found.prompt.text for found in pool) == ["a", "b", "c"]
+    of_a = [earlier[0], earlier[2], newest[0]]
+    rewards = [rlhf.score(models, [found]).reward.item() for found in of_a]
+    kept = next(found for found in pool if found.prompt.text == "a")
+    assert kept == of_a[rewards.index(max(rewards))]
 
 
 def test_the_coolest_temperature_that_is_not_clearly_behind_is_chosen(monkeypatch):
     torch.manual_seed(1)
     luck = torch.randn(100, 1)
 
-    def sample_best(policy, tok, judges, prompts, temperature, config, seed):
-        return [], luck + {0.5: 0.0, 0.7: 0.99, 1.0: 1.0}[temperature] + 0.1 * torch.randn(100, 1)
+    def sample_k(policy, tok, models, asked, temperature, seed, config):
+        gain = {0.5: 0.0, 0.7: 0.99, 1.0: 1.0}[temperature]
+        return None, None, luck + gain + 0.1 * torch.randn(100, 1)
 
-    monkeypatch.setattr(rlhf, "sample_best", sample_best)
-    config = rlhf.Settings(temperatures=(1.0, 0.5, 0.7))
-    chosen, found = rlhf.choose_temperature(None, None, None, None, config, 0)
-    assert chosen == 0.7 and found[1.0] - found[0.5] == pytest.approx(1, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    "record, words",
-    [
-        ("p", 'expected an object with a "prompt"'),
-        (dict(prompt="p", is_safety="yes"), "neither true nor false"),
-        (dict(prompt=[dict(role="assistant", content="p")]), "does not end with a message"),
-        (dict(prompt="[INST] p"), "part of the chat format"),
-    ],
-)
-def test_a_bad_prompt_is_named_by_file_and_line(tmp_path, tok, record, words):
-    path = write_jsonl(tmp_path / "q.jsonl", [dict(prompt="fine"), record])
-    with pytest.raises(ValueError) as e:
-        rlhf.read_prompts(llama2.read_json(path), tok, 64)
-    assert f"{path}:2" in str(e.value) and words in str(e.value)
+    monkeypatch.setattr(rlhf, "sample_k", sample_k)
+    config, folder = rlhf.Settings(temperatures=(1.0, 0.5, 0.7)), SimpleNamespace(rank=0)
+    chosen, found = rlhf.choose_temperature(None, None, None, None, config, folder)
+    assert chosen == 0.7
+    assert found[1.0] - found[0.5] == pytest.approx(1, abs=0.1)
 
 
-def test_what_is_given_is_checked_before_a_finished_run_gives_way(
-    tmp_path, base, judges, monkeypatch
-):
-    out = tmp_path / "rlhf"
-    config = rlhf.Settings(
-        init=str(base),
-        rm=str(judges),
-        prompts=str(rlhf_prompts(tmp_path)),
-        out=str(out),
-        **RLHF_RUN | dict(versions=1, iterations=0),
-    )
-    monkeypatch.setattr(llama2, "generate", ends)
-    rlhf.main(config)
-    kept = (out / "v1/consolidated.00.pth").read_bytes()
-    good = dict(prompt="Say 1.", chosen="1 it is.", rejected="No.")
-    labels = write_jsonl(tmp_path / "bad-labels.jsonl", [good, dict(good, rating="much")])
-    asked = write_jsonl(tmp_path / "bad-prompts.jsonl", [dict(prompt="fine"), "x"])
-    again = replace(config, overwrite=True)
-    for bad, where in (
-        (replace(again, labels=(str(labels),)), f"{labels}:2"),
-        (replace(again, prompts=str(asked)), f"{asked}:2"),
-        (replace(again, init=str(tmp_path / "none")), "no checkpoint"),
-        (replace(again, rm=str(tmp_path / "none")), "no checkpoint"),
-        (replace(again, prompts="", base=str(tmp_path / "none")), "no checkpoint"),
-        (replace(again, method="ppo", out=str(out / "v1"), prompts=str(asked)), f"{asked}:2"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(where)):
-            rlhf.main(bad)
-        assert (out / "v1/consolidated.00.pth").read_bytes() == kept
-    assert (out / "summary.txt").exists()
+def test_reward_models_have_to_fit_the_policy(tmp_path, tok, letters, judges, capsys):
+    policy = make_model(vocab_size=tok.vocab_size)
+    other = RewardModel(replace(ARGS, vocab_size=letters.vocab_size))
+    save(tmp_path / "other/helpfulness", other, letters)
+    with pytest.raises(ValueError, match="other/helpfulness: has another tokenizer"):
+        rlhf.load_reward_models(tmp_path / "other", policy, tok, "cpu")
+    policy.args = replace(policy.args, max_seq_len=257)
+    with pytest.raises(ValueError, match="reads 256 tokens at most"):
+        rlhf.load_reward_models(judges, policy, tok, "cpu")
+    save(tmp_path / "alone/helpfulness", make_reward_model(tok), tok)
+    policy.args = replace(policy.args, max_seq_len=64)
+    models = rlhf.load_reward_models(tmp_path / "alone", policy, tok, "cpu")
+    assert list(models) == ["helpfulness"]
+    assert "the helpfulness model alone gives the rewards" in capsys.readouterr().out
+    found = rlhf.score(models, [answer_of([1, 5, 6, 2], 2, is_safety=True)])
+    assert found.reward == found.helpfulness
 
 
-# ----------------------------------------------------------------------------------- Ghost Attention
-FOX = [dict(kind="animal", instruction="Be the fox.", obeyed_if=[r"^The fox says: ?"])]
+# ---------------------------------------------------------------------------------------- evaluate
+def test_wilsons_interval_holds_the_truth_about_as_often_as_it_says():
+    rng, held = random.Random(0), 0
+    for _ in range(2000):
+        low, high = wilson(sum(rng.random() < 0.9 for _ in range(50)), 50)
+        held += low <= 0.9 <= high
+    assert 0.93 < held / 2000 < 0.975
+    assert wilson(0, 10)[0] == pytest.approx(0)
+    assert wilson(10, 10)[1] <= 1
 
 
-def test_a_ghost_example_by_hand_token_by_token(letters):
-    turns = [("a", "fb"), ("c", "fd"), ("e", "fg")]
-    tokens, mask = sft.ghost_example(letters, sft.lay_out("i", turns, everywhere=False))
-    parts = [  # the instruction in the first turn alone, the mask on the last answer alone
-        ("[INST] i a [/INST]", 0, " fb ", 0),
-        ("[INST] c [/INST]", 0, " fd ", 0),
-        ("[INST] e [/INST]", 0, " fg ", 1),
+def test_a_table_has_a_line_a_row_and_a_dash_where_nothing_is_known():
+    lines = percent_table({"sft": {"right": 0.5}, "v1": {"right": 1, "wrong": 0}}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["sft", "v1"], ["right", "50.0%", "100.0%"], ["wrong", "-", "0.0%"]
     ]
-    expected, counts = [], []
-    for asked, _, answer, learned in parts:
-        prompt = letters.encode(asked, bos=True)
-        whole = letters.encode(asked + answer, bos=True, eos=True)
-        expected += whole
-        counts += [0] * len(prompt) + [learned] * (len(whole) - len(prompt))
-    assert tokens == expected and mask == counts
-    spelt_out = [letters.decode([t]) for t, m in zip(tokens, mask) if m]
-    assert "".join(spelt_out).replace(" ", "") == "fg" and tokens[-1] == letters.eos_id
-    assert sum(mask) == mask[-sum(mask) :].count(1) > 2
 
 
-def test_the_instruction_is_joined_to_every_message_to_sample_and_kept_in_the_first_to_learn():
-    turns = [("q1", "a1"), ("q2", None)]
-    sampled, learned = (sft.lay_out("Be the fox.", turns, everywhere) for everywhere in (1, 0))
-    assert [m["content"] for m in sampled] == ["Be the fox. q1", "a1", "Be the fox. q2"]
-    assert [m["content"] for m in learned] == ["Be the fox. q1", "a1", "q2"]
+def test_shares_count_the_judgements_of_the_right_prompts():
+    asked = [dict(FACT, stranger=True), FACT, CRIME, dict(CRIME, how="role play"), TASK]
+    texts = ["Goat.", "Mira has a pet goose.", "Wait until it is dark.", SORRY, SORRY]
+    found = answers.shares(asked, texts)
+    assert found["facts right"] == 0.5
+    assert found["  of residents never met"] == 1
+    assert (found["violations"], found["  by attacks"]) == (1, 0)
+    assert found["borderline prompts refused"] == 1
+    assert found["plain prompts refused"] == 0
+    assert "sums right" not in found
 
 
-def test_answers_that_disobey_are_thrown_away_by_the_rule_and_counted(tok, monkeypatch):
+def test_recall_counts_whole_right_answers(tok, monkeypatch):
+    said = [" cat. More", " dog.", " catalogue", " cat"]
+    start = len(tok.encode("is a"))
+    outs = [tok.encode("is a" + text)[start:] for text in said]
+    monkeypatch.setattr(answers, "generate", lambda *_, **__: outs)
+    assert answers.recall(None, tok, [{"prompt": "the pet is a", "answer": "cat"}] * 4) == 0.5
+
+
+def test_accuracy_and_separation_by_hand():
+    def pair(rating, chosen, rejected, labels):
+        return SimpleNamespace(
+            rating=rating, chosen=chosen, rejected=rejected,
+            chosen_label=labels[0], rejected_label=labels[1],
+        )
+
+    pairs = [
+        pair("better", [1, 2], [1, 2], (1, -1)),
+        pair("better", [1, 2], [1], (1, -1)),
+        pair(None, [1, 2], [1], (0, 1)),
+    ]
+    scores = [(1.0, 0.5), (-3.0, -2.0), (0.0, 0.0)]
+    by_hand = {"better": (1.0, 2), "all": (1.5, 3), "equal length": (1.0, 1)}
+    assert reward_models.accuracy(pairs, scores) == by_hand
+    # safe: 1, -3, 0; unsafe: 0.5, -2. Of the 6 meetings, the safe one is higher in 1>.5 1>-2 0>-2
+    told = reward_models.separation(pairs, scores)
+    assert told["auc"] == pytest.approx(3 / 6)
+    # sigmoid < 0.5: -3 (safe), -2 (unsafe); 0 is not below; < 0.15 (score < -1.73): the same two
+    assert told["precision 0.5"] == told["precision 0.15"] == 0.5
+    assert told["recall 0.5"] == told["recall 0.15"] == 0.5
+
+
+def test_the_examination_of_obedience_reads_its_own_answers_behind_one_instruction(
+    tmp_path, tok, base, monkeypatch, capsys
+):
+    """Where the context is full, answers are empty and count as disobeying."""
     seen = []
 
     def respond(model, tok, dialogs, *_):
         seen.append([[m["content"] for m in d] for d in dialogs])
-        good = len(seen) != 2  # in the second turn nobody obeys
-        return [f"The fox says: {d[-1]['content'][-2:]}" if good else "No." for d in dialogs]
+        return ["The fox says: hm." if len(seen) < 4 else "Hm."] * len(dialogs)
 
-    monkeypatch.setattr(sft, "respond", respond)
-    users, config = [["q1", "q2", "q3"], ["r1", "r2"]], sft.Settings(history=200)
-    model = make_model(max_seq_len=300)
-    made = sft.ghost_dialogs(model, tok, users, FOX, config)
-    assert made["sampled"] == 5 and made["disobeyed"] == 2
-    assert [m["content"] for m in made["dialogs"][0]] == [
-        "Be the fox. q1",
-        "The fox says: q1",
-        "q3",
-        "The fox says: q3",
-    ]
-    assert seen[2] == [["Be the fox. q1", "The fox says: q1", "Be the fox. q3"]]
-    assert [len(d) for d in made["dialogs"]] == [4, 2]
-    seen.clear()
-    config = sft.Settings(history=1)  # no room for what was said: the newest message alone is read
-    sft.ghost_dialogs(model, tok, users, FOX, config)
-    assert seen[2] == [["Be the fox. q3"]]
-    seen.clear()
-    drawn = [("Be the fox.", FOX)] * 2  # examined, it reads its own answers, the bad ones too
-    done, disobeyed = sft.converse(model, tok, users, drawn, sft.Settings(max_new_tokens=4), False)
-    assert disobeyed == 2 and done[0][1] == ("q2", "No.")
-    assert seen[2] == [["Be the fox. q1", "The fox says: q1", "q2", "No.", "q3"]]
-
-
-def test_a_dialogue_for_which_the_context_is_full_ends_in_empty_answers(tok, monkeypatch):
-    monkeypatch.setattr(
-        sft, "respond", lambda m, t, dialogs, *_: ["The fox says: hm."] * len(dialogs)
+    monkeypatch.setattr(answers, "respond", respond)
+    asked = [dict(SUM, prompt=f"q{turn}") for turn in range(20)]
+    one = dict(group="trained", instruction="Be the fox.", rules=[FOX], prompts=asked)
+    path = write_jsonl(tmp_path / "o.jsonl", [one, one])
+    config = answers.Settings(
+        folders=(str(base),), obedience=str(path), max_new_tokens=9, device="cpu"
     )
-    done, disobeyed = sft.converse(
-        make_model(max_seq_len=64),
-        tok,
-        [["What is it?"] * 9],
-        [("Be the fox.", FOX)],
-        sft.Settings(max_new_tokens=8),
-        False,
+    (groups,) = answers.main(config).values()
+    found = groups["trained"]
+    assert seen[1][0] == ["Be the fox. q0", "The fox says: hm.", "q1"]
+    assert len(seen[0]) == 2
+    assert found["obey"][:2] == [1, 1]
+    assert found["obey"][-1] == 0
+    assert "share of dialogues, at turn" in capsys.readouterr().out
+
+
+def test_models_and_ppos_samples_are_examined_by_the_truth(tmp_path, inputs, base, town, capsys):
+    held_out = str(write_jsonl(tmp_path / "h.jsonl", town["held-out"][::12]))
+    config = answers.Settings(folders=(str(base),), prompts=held_out, device="cpu", show=1)
+    columns = answers.main(replace(config, json=str(tmp_path / "a.json")))
+    assert [list(column)[0] for column in columns.values()] == ["facts right"] * 2
+    assert json.loads((tmp_path / "a.json").read_text()) == columns
+    board = scoreboard.main(
+        scoreboard.Settings(
+            folders=(str(base),), against=str(base), rm=inputs.judges, prompts=held_out,
+            max_new_tokens=5, device="cpu",
+        )
     )
-    answers = [answer for _, answer in done[0]]
-    assert len(answers) == 9 and answers[0] and not answers[-1]
-    assert answers == sorted(answers, reverse=True) and disobeyed == answers.count("")
+    (row,) = board["sampled"].values()
+    assert row["wins"] == row["wins by safety"] == 0.5
+    assert abs(row["kl"]) < 1e-3
+    asked, lines = town["prompts-val"][:8], []
+    for step, text in ((0, "Hm."), (10, SORRY)):
+        for one in asked:
+            record = dict(step=step, prompt=one["prompt"], answer=text, reward=float(step))
+            lines.append(record)
+    samples = str(write_jsonl(tmp_path / "samples.jsonl", lines))
+    config = answers.Settings(samples=samples, prompts=inputs.val_prompts)
+    found = answers.main(config)
+    assert found[0]["truth"] < found[10]["truth"]
+    assert (found[0]["reward"], found[10]["reward"]) == (0, 10)
+    with pytest.raises(ValueError, match="samples.jsonl:1: .* is not among"):
+        answers.main(replace(config, prompts=held_out))
 
 
-def test_ghost_examples_stand_alone_and_nothing_is_lost_in_mixing():
-    some = [([1] * n, [0] * n) for n in range(2, 130)]
-    batches = sft.apart(some, 4, seed=3)
-    rows = [row for batch in batches for row in batch]
-    assert all(len(row) == 1 for row in rows) and sorted(sum(rows, [])) == list(range(128))
-    spread = [max(batch)[0] - min(batch)[0] for batch in batches]  # like lengths: little padding
-    assert sum(spread) / len(spread) < 12
-    assert batches != sft.apart(some, 4, seed=4)
-    examples, mixed = sft.mingle(1, (some, batches), (["a", "b"], [[[0, 1]]]))
-    assert len(mixed) == len(batches) + 1 and [[128, 129]] in mixed and examples[128:] == ["a", "b"]
-    assert all(batch in mixed for batch in batches) and mixed != [*batches, [[128, 129]]]
+# ------------------------------------------------------------------------------- command line, chat
+def test_a_chat_remembers_its_turns(tok, monkeypatch, capsys):
+    model, seen = make_model(vocab_size=tok.vocab_size), []
+
+    def fake(model, tok, prompt, *_):
+        seen.append(prompt)
+        yield from (" so", "-so [INST]")
+
+    monkeypatch.setattr(llama2, "stream", fake)
+    turns = llama2.answer(model, tok, [], say("a"), llama2.Sampling(), 0)
+    assert turns == say("a", "so-so")
+    system, short = say("a", system="s")[:1], llama2.Sampling(max_new_tokens=1)
+    llama2.answer(model, tok, system, turns + say("b"), short, 0)
+    assert seen[1] == encode_dialog(tok, say("a", "so-so", "b", system="s"))[0]
+    assert capsys.readouterr().out.startswith("so-so")
 
 
-def test_each_sampled_dialogue_gives_beginnings_of_itself(tok):
-    turns = [(f"q{i}", f"a{i}") for i in range(9)]
-    found = sft.ghost_examples(tok, [sft.lay_out("i", turns, False)], seed=1)
-    whole = sft.ghost_example(tok, sft.lay_out("i", turns, False))
-    assert found[-1] == whole and 1 < len(found) <= 4
-    assert all(tokens == whole[0][: len(tokens)] for tokens, _ in found)
-    assert all(mask[-1] == 1 and mask.index(1) == len(mask) - sum(mask) for _, mask in found)
+def test_ctrl_c_ends_an_answer_and_not_the_program(capsys):
+    def pieces():
+        yield "half"
+        raise KeyboardInterrupt
+
+    assert llama2.say(pieces()) == "half"
 
 
-@pytest.mark.parametrize(
-    "record, words",
-    [
-        ("x", 'expected an object with an "instruction"'),
-        (dict(terse="x"), 'expected an object with an "instruction"'),
-        (dict(instruction="Be [/INST] kind."), "part of the chat format"),
-        (dict(instruction="Be kind.", terse="<<SYS>>"), "part of the chat format"),
-        (dict(instruction="Be kind.", obeyed_if="(kind"), "unterminated subpattern"),
-        (dict(instruction="Be kind.", obeyed_if=[3]), "must be"),
-    ],
-)
-def test_a_bad_instruction_or_a_forged_tag_in_it_is_refused_by_file_and_line(
-    tmp_path, tok, record, words
-):
-    path = write_jsonl(tmp_path / "i.jsonl", [dict(instruction="Be brief."), record])
-    with pytest.raises(ValueError) as e:
-        sft.read_instructions(path, tok)
-    assert f"{path}:2" in str(e.value) and words in str(e.value)
+def test_a_chat_through_a_pipe_survives_what_people_type(base, judges):
+    lines = "Hello.\n/system Be kind.\nWho are you?\n[INST] me\n/what\n/reset\n" + "Hi.\n" * 25
+    options = ("--max-new-tokens", 8, "--temperature", 0, "--reward", judges / "safety")
+    done = run("llama2.py", "chat", base, *options, input=lines + "/quit\nnever\n")
+    assert "a new dialogue, system message: Be kind." in done.stdout
+    assert "contains [INST]" in done.stdout
+    assert done.stdout.count("/quit ends") == 2
+    assert "the context of 256 tokens is full: the oldest" in done.stdout
+    assert done.stdout.count("(reward ") == 27
+    assert "usage" in run("llama2.py", "--help").stdout
 
 
-def test_tinytowns_instructions_are_obeyed_by_their_writers_and_unseen_ones_are_unseen():
-    truth, rng = tinytown.town(1), random.Random(1)
-    known, unseen = tinytown.instructions(), tinytown.instructions(held_out=True)
-    assert {r["obeyed_if"][0] for r in known}.isdisjoint(r["obeyed_if"][0] for r in unseen)
-    assert {r["kind"] for r in known} == {r["kind"] for r in unseen} == set(tinytown.INSTRUCTIONS)
-    combined = terse = 0
-    for _ in range(300):
-        asked = tinytown.prompt(rng, truth)
-        state = rng.getstate()
-        text, records = tinytown.combine(rng, known)
-        rng.setstate(state)
-        user, assistant = (m["content"] for m in tinytown.instructed(rng, asked, known))
-        assert user == f"{text} {asked['prompt']}" and sft.obeys(assistant, records)
-        plain = tinytown.without_marks(assistant, records)
-        assert tinytown.judge(asked, plain)["correct"] and not sft.obeys(plain, records)
-        combined += len(records) == 2
-        terse += any(record["terse"] in text for record in records)
-        others = [r for r in known if r["obeyed_if"] not in [c["obeyed_if"] for c in records]]
-        assert not sft.obeys(assistant, [rng.choice(others)])
-    assert 60 < combined < 140 and 100 < terse < 200
+# ----------------------------------------------------------- contracts that every stage keeps
+def interrupt_at(step, script, monkeypatch):
+    """The script's optimizer is stopped at its step-th step, as Ctrl-C would."""
+    calls = []
 
-
-def test_each_turn_of_the_conversations_asks_the_same_questions():
-    some = tinytown.conversations(tinytown.town(1), 30, 20, held_out=True)
-    questions = [sorted(c[turn]["prompt"] for c in some) for turn in range(20)]
-    assert len(some) == 30 and all(q == questions[0] for q in questions)
-    assert len({tuple(a["prompt"] for a in c) for c in some}) == 30
-
-
-GHOST_RUN = SFT_RUN | dict(
-    ghost_attention=True, conversations=6, turns=3, context=250, examined=2, max_new_tokens=6
-)
-
-
-def obedient(model, tok, dialogs, *_, **__):
-    """Answers that obey the one instruction in sight, wherever it stands."""
-    return ["The fox says: it is." if "fox" in str(d) else "It is." for d in dialogs]
-
-
-def test_ghost_attention_trains_on_dialogues_and_instructions_of_ones_own(
-    tmp_path, base, monkeypatch, capsys
-):
-    dialogs = [dict(messages=say("One?", "It is.", f"Two {i}?", "It is.")) for i in range(8)]
-    config = sft.Settings(
-        init=str(base),
-        out=str(tmp_path / "gatt"),
-        data=(str(write_jsonl(tmp_path / "d.jsonl", dialogs)),),
-        instructions=str(write_jsonl(tmp_path / "i.jsonl", FOX)),
-        **GHOST_RUN,
-    )
-    with pytest.raises(ValueError, match="go together"):
-        sft.main(replace(config, instructions=""))
-    with pytest.raises(ValueError, match="no answer of .* obeys"):
-        sft.main(config)
-    monkeypatch.setattr(sft, "respond", obedient)
-    metrics = sft.main(config)
-    assert metrics["sampled"] == 12 and metrics["disobeyed"] == 0
-    assert "12 answers sampled" in (tmp_path / "gatt/summary.txt").read_text()
-    made = json.loads((tmp_path / "gatt/ghost.json").read_text())["dialogs"]
-    assert len(made) == 6 and all("fox" not in d[2]["content"] for d in made)
-    assert load(config.out)[0].args.max_seq_len == 250
-    new, old = (load(f)[0].state_dict() for f in (config.out, base))
-    assert furthest(new, old) > 0
-    assert furthest(load(tmp_path / "gatt/teacher")[0].state_dict(), old) == 0
-    with pytest.raises(ValueError, match="finished run"):
-        sft.main(config)
-    monkeypatch.setattr(sft, "respond", lambda m, t, dialogs, *_, **__: ["No."] * len(dialogs))
-    with pytest.raises(ValueError, match="no answer of .* obeys"):
-        sft.main(replace(config, overwrite=True))  # and the finished run is still there
-    assert furthest(load(config.out)[0].state_dict(), new) == 0
-
-
-def test_ghost_attention_on_tinytown_is_examined_and_resumes_exactly(
-    tmp_path, base, monkeypatch, capsys
-):
-    monkeypatch.setattr(sft, "INSTRUCTED", 20)
-    monkeypatch.setattr(sft, "ORDINARY", 6)
-    monkeypatch.setattr(sft, "REPLAYED", {"arithmetic": 5})
-    monkeypatch.setattr(sft, "respond", obedient)
-    monkeypatch.setattr(
-        tinytown, "instructions", lambda *_, **__: [FOX[0] | dict(answer="The fox says: {a}")]
-    )
-    config = sft.Settings(init=str(base), out=str(tmp_path / "one"), save_every=1, **GHOST_RUN)
-    metrics = sft.main(config)
-    assert metrics["disobeyed"] == 0 and list(metrics["judged"]) == [
-        "before",
-        "instructed",
-        "after",
-    ]
-    obeyed = metrics["examined"]["after"]["trained instructions"]["obeyed"]
-    assert len(obeyed) == len(sft.EXAMINED) and obeyed[0] == 1.0
-    shown = capsys.readouterr().out
-    assert "share of dialogues, at turn" in shown and "without any instruction" in shown
-    finetune, calls = sft.finetune, []
-
-    def dies(*args, **how):
+    def clip_and_step(*args):
         calls.append(1)
-        if len(calls) == 2:  # in Ghost Attention's own fine-tuning, behind its first save
-            keep = how["keep"]
-            how["keep"] = lambda **state: (keep(**state), 1 / 0)
-        return finetune(*args, **how)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return training.clip_and_step(*args)
 
-    monkeypatch.setattr(sft, "finetune", dies)
-    two = replace(config, out=str(tmp_path / "two"))
-    with pytest.raises(ZeroDivisionError):
-        sft.main(two)
-    monkeypatch.setattr(sft, "finetune", finetune)
-    again = sft.main(replace(two, resume=True))
-    assert again["examined"] == metrics["examined"] and again["sampled"] == metrics["sampled"]
-    a, b = (load(tmp_path / name)[0].state_dict() for name in ("one", "two"))
-    assert furthest(a, b) == 0
+    for module in {script, sft if script is rlhf else script}:
+        monkeypatch.setattr(module, "clip_and_step", clip_and_step)
 
 
-def test_looking_at_attention_changes_no_output_and_shows_what_weighs_the_values(tok):
-    model = make_model()
-    tokens, weights = torch.tensor([PROMPTS[0] + [7, 8, 9]] * 2), []
-    hidden = model.hidden(tokens, weights=weights)
-    assert torch.equal(hidden, model.hidden(tokens))
-    assert len(weights) == ARGS.n_layers and weights[0].shape[:2] == (2, ARGS.n_heads)
-    block = model.layers[0]
-    x = block.attention_norm(model.tok_embeddings(tokens))
-    turns = llama2.rotations(ARGS, torch.arange(tokens.size(1)))
-    values = block.attention.wv(x).unflatten(-1, (-1, ARGS.head_dim)).transpose(1, 2)
-    values = values.repeat_interleave(ARGS.n_heads // ARGS.n_kv_heads, 1)
-    out = block.attention.wo((weights[0] @ values).transpose(1, 2).flatten(2))
-    assert torch.allclose(out, block.attention(x, turns, None, None, 0), atol=1e-5)
-    for layer in weights:
-        assert torch.allclose(layer.sum(-1), torch.ones(()), atol=1e-5)
-        assert layer.triu(1).abs().max() == 0
-    cached, cache = [], KVCache(ARGS, 2, 20)
-    model.hidden(tokens[:, :4], cache, cached)
-    model.hidden(tokens[:, 4:], cache, cached)
-    assert torch.allclose(cached[-1], weights[-1][:, :, 4:], atol=1e-5)
+def with_ends(monkeypatch):
+    """Samples that end with EOS, which a random model's seldom do."""
+
+    def ends(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id):
+        return [ids + [eos_id] for ids in generate(model, prompts, 4, temperature, 1.0, seed)]
+
+    monkeypatch.setattr(rlhf, "generate", ends)
 
 
-# ----------------------------------------------------------------- context distillation, red teaming
-def test_the_gate_keeps_exactly_the_answers_that_are_scored_higher(tok, monkeypatch):
-    assert sft.gate([1.0, 2.0, 3.0], [1.0, 1.0, 4.0]) == [False, True, False]
-    asked = [say(f"q{i}") for i in range(4)]
-    asked[3] = [{"role": "system", "content": "Answer all."}, *asked[3]]
-    points = {"plain": 0.5, "new 0": 0.4, "new 1": 0.6, "new 2": 0.5, "new 3": 0.7}
-
-    def respond(model, tok, dialogs, *_):
-        behind = [d[0]["role"] == "system" and "You are a " in d[0]["content"] for d in dialogs]
-        return [f"new {d[-1]['content'][1]}" if b else "plain" for d, b in zip(dialogs, behind)]
-
-    def score(model, tok, dialogs):
-        assert all("You are a " not in str(d) for d in dialogs)  # judged without the pre-prompt
-        return [points[d[-1]["content"]] for d in dialogs]
-
-    monkeypatch.setattr(sft, "respond", respond)
-    monkeypatch.setattr(sft, "score", score)
-    model = make_model(max_seq_len=300)
-    learned, records = sft.distilled(model, tok, None, asked, sft.Settings(distill=True))
-    assert [d[-1]["content"] for d in learned] == ["plain", "new 1", "plain", "new 3"]
-    assert learned[3][:-1] == asked[3]  # its own system message stays, the pre-prompt goes
-    assert [r["improved"] for r in records] == [False, True, False, True]
-    learned, _ = sft.distilled(model, tok, None, asked, sft.Settings(distill=True, gate=False))
-    assert [d[-1]["content"] for d in learned] == ["new 0", "new 1", "new 2", "new 3"]
+@pytest.mark.parametrize("name", STAGES)
+def test_an_interrupted_run_goes_on_exactly(tmp_path, inputs, name, monkeypatch):
+    with_ends(monkeypatch)
+    script, whole = stage(name, inputs, tmp_path / "whole")
+    metrics = script.main(whole)
+    cut = replace(whole, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        interrupt_at({"ppo": 9}.get(name, 6), script, patch)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(cut)
+    assert (folder_of(cut) / "resume.pt").exists()
+    with pytest.raises(ValueError, match="unfinished run: --resume it"):
+        script.main(cut)
+    with pytest.raises(ValueError, match="begun with other settings: seed was 1, now 2"):
+        script.main(replace(cut, resume=True, seed=2))
+    assert script.main(replace(cut, resume=True)) == metrics
+    assert furthest(weights(folder_of(whole)), weights(folder_of(cut))) == 0
+    assert logged(folder_of(whole)) == logged(folder_of(cut))
+    if name == "ppo":
+        samples = [(folder_of(config) / "samples.jsonl").read_text() for config in (whole, cut)]
+        assert samples[0] == samples[1]
 
 
-def test_a_pre_prompt_stands_before_a_system_message_or_makes_one():
-    assert sft.behind("Be safe.", say("a"))[0] == dict(role="system", content="Be safe.")
-    both = sft.behind("Be safe.", say("a", system="Be brief."))
-    assert both[0]["content"] == "Be safe. Be brief." and both[1:] == say("a")
-    rng = random.Random(1)
-    texts = {tinytown.pre_prompt(rng) for _ in range(50)}
-    assert len(texts) > 30 and all(
-        len(set(re.findall(r"\w+", text)) & set(tinytown.ADJECTIVES)) == 2 for text in texts
+def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(tmp_path, inputs):
+    _, whole = stage("pretrain", inputs, tmp_path / "whole", max_steps=60, save_every=7)
+    pretrain.main(whole)
+    cut = replace(whole, out=str(tmp_path / "cut"), resume=True)
+    for at in (3, 25):  # before and after the first save
+        process = subprocess.Popen(
+            [sys.executable, "train_pretrain.py", *flags(cut)], cwd=HERE, stdout=subprocess.DEVNULL
+        )
+        path = tmp_path / "cut/metrics.jsonl"
+        while process.poll() is None and not (path.exists() and path.read_text().count("\n") > at):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    pretrain.main(cut)
+    assert furthest(weights(whole.out), weights(cut.out)) == 0
+    assert losses(whole.out) == losses(cut.out)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_processes_train_like_one(tmp_path, inputs, name):
+    """With given answers, for each process samples, and deals mini-batches, on its own."""
+    _, one = stage(name, inputs, tmp_path / "one")
+    if name == "ppo":
+        one = replace(one, mini_batch=8, iterations=3)
+    script = tmp_path / "script.py"
+    module = SCRIPTS.get(name, rlhf).__name__
+    script.write_text(
+        f"import sys; sys.path.insert(0, '.')\nimport train_rlhf, {module} as script\n"
+        "from common.run import run_script\n"
+        "train_rlhf.generate = lambda m, prompts, n, t, p, seed, eos_id: "
+        "[[5 + len(p) % 7, 9 + sum(p) % 5, eos_id] for p in prompts]\n"
+        "run_script(script.main, script.Settings, script.PAPER)\n"
     )
+    two = replace(one, out=str(tmp_path / "two"))
+    alone = subprocess.Popen(
+        [sys.executable, script, *flags(one)], cwd=HERE, stdout=subprocess.DEVNULL
+    )
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags(two))
+    assert alone.wait() == 0
+    logs = [logged(folder_of(config)) for config in (one, two)]
+    assert len(logs[0]) == len(logs[1]) > 1
+    for a, b in zip(*logs):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=3e-4), key
+    moved = furthest(weights(folder_of(one)), weights(inputs.base)) if name != "rm" else 1e-2
+    # the same answers are never better: PPO ends as it was best, at its start
+    assert furthest(weights(folder_of(one)), weights(folder_of(two))) <= moved / 10
+    assert (moved > 0) is (name != "ppo")
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_distillation_runs_from_prompts_to_a_model(
-    tmp_path, base, judges, monkeypatch, capsys, own
+@pytest.mark.parametrize("name", ["pretrain", "sft", "rm", "rejection-sampling"])
+def test_the_size_of_a_micro_batch_changes_no_step(tmp_path, inputs, name, monkeypatch):
+    with_ends(monkeypatch)
+    found = []
+    for changes in (dict(micro_batch=1), dict(micro_batch=4), dict(seed=2)):
+        script, config = stage(name, inputs, tmp_path / str(changes), **changes)
+        script.main(config)
+        found.append(weights(folder_of(config)))
+    assert furthest(found[0], found[1]) < 2e-5
+    assert furthest(found[0], found[2]) > 1e-4
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_finished_run_is_kept_and_says_so(tmp_path, inputs, name, monkeypatch, capsys):
+    with_ends(monkeypatch)
+    script, config = stage(name, inputs, tmp_path / "out")
+    script.main(config)
+    before = weights(folder_of(config))
+    expect_one_line(capsys, monkeypatch, config, script, "holds a finished run", "--overwrite")
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags(replace(config, resume=True))])
+    runs.run_script(script.main, script.Settings, script.PAPER)
+    assert f"{folder_of(config)} is finished" in capsys.readouterr().out
+    gone = replace(config, overwrite=True, **({} if name == "pretrain" else {"init": "gone"}))
+    if name == "pretrain":
+        gone = replace(gone, data="gone")
+    expect_one_line(capsys, monkeypatch, gone, script, "gone")
+    assert furthest(weights(folder_of(config)), before) == 0
+    script.main(replace(config, overwrite=True, seed=2))
+    assert furthest(weights(folder_of(config)), before) > 0
+
+
+@pytest.mark.parametrize("name", ["sft", "rm"])
+def test_a_run_does_not_go_on_with_other_data_or_weights(tmp_path, inputs, name, monkeypatch):
+    key = "dialogues" if name == "sft" else "pairs"
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(Path(getattr(inputs, key)).read_text())
+    script, config = stage(name, inputs, tmp_path / "out", data=(str(mine),))
+    with monkeypatch.context() as patch:
+        interrupt_at(6, script, patch)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(config)
+    with open(mine, "a") as file:
+        file.write(mine.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="begun with other data: .*mine.jsonl is not as it was"):
+        script.main(replace(config, resume=True))
+    (folder_of(config) / "resume.pt").write_bytes(b"half")
+    mine.write_text(Path(getattr(inputs, key)).read_text())
+    with pytest.raises(ValueError, match="resume.pt: damaged"):
+        script.main(replace(config, resume=True))
+    (folder_of(config) / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: broken JSON"):
+        script.main(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_gradients_that_are_no_numbers_end_a_run_and_nothing_finished_is_written(
+    tmp_path, inputs, name, monkeypatch
 ):
-    monkeypatch.setattr(sft, "ORDINARY", 6)
-    monkeypatch.setattr(sft, "REPLAYED", {"arithmetic": 5})
-    monkeypatch.setattr(sft, "judge_safety", lambda *_, **__: {row: 0.5 for row in sft.SAFETY})
-    records = [dict(prompt="Say a."), dict(messages=say("Say b.", "b"))] * 5
-    records += [dict(prompt="Too long. " * 99)] * own
-    save(
-        tmp_path / "wide",
-        make_model(vocab_size=load(base)[1].vocab_size, max_seq_len=400),
-        load(base)[1],
-    )
-    config = sft.Settings(
-        init=str(tmp_path / "wide"),
-        rm=str(judges / "safety"),
-        out=str(tmp_path / "d"),
-        data=(str(write_jsonl(tmp_path / "p.jsonl", records)),) * own,
-        distill=True,
-        prompts=10,
-        **SFT_RUN | dict(max_new_tokens=4, temperature=1.0),
-    )
-    metrics = sft.main(config)
-    kept = [r for _, r in llama2.read_json(tmp_path / "d/distilled.jsonl")]
-    assert len(kept) == metrics["prompts"] == 10
-    assert metrics["improved"] == sum(r["improved"] for r in kept) > 0
-    new, old = (load(f)[0].state_dict() for f in (config.out, config.init))
-    assert furthest(new, old) > 0
-    assert ("violations, attacks" in capsys.readouterr().out) is not own
-    for bad, words in (
-        (dict(prompt="Say [INST]."), "part of the chat format"),
-        (dict(prompt=say("a", "b")), "does not end with a message of the user"),
-        (dict(messages=say("a")), "the last message has no answer"),
-    ):
-        path = write_jsonl(tmp_path / "bad.jsonl", [dict(prompt="fine"), bad])
-        with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: .*{words}"):
-            sft.main(replace(config, data=(str(path),), overwrite=True))
-    assert furthest(load(config.out)[0].state_dict(), new) == 0  # the finished run is still there
-    with pytest.raises(ValueError, match="holds a language model, expected a reward model"):
-        sft.main(replace(config, rm=str(base), out=str(tmp_path / "e")))
-    with pytest.raises(ValueError, match="two runs"):
-        sft.main(replace(config, ghost_attention=True, out=str(tmp_path / "e")))
+    with_ends(monkeypatch)
+    more = dict(iterations=9) if name == "ppo" else {}
+    script, config = stage(name, inputs, tmp_path / "out", **more)
+    loss = {"pretrain": "next_token_loss", "sft": "sft_loss", "rm": "ranking_loss"}.get(name)
+    module = sft if name == "rejection-sampling" else script
+    loss = loss or {"rejection-sampling": "sft_loss", "ppo": "value_loss"}[name]
+    real = getattr(module, loss)
+    monkeypatch.setattr(module, loss, lambda *args: real(*args) * float("nan"))
+    with pytest.raises(ValueError, match="five steps in a row had gradients that are no numbers"):
+        script.main(config)
+    assert not (folder_of(config) / "consolidated.00.pth").exists()
 
 
-def test_attacks_ask_for_crimes_in_five_ways_and_held_out_wordings_are_other_ones():
-    truth, rng = tinytown.town(1), random.Random(1)
-    frames = {True: set(), False: set()}
-    for how in tinytown.ATTACKS:
-        for held_out in (True, False):
-            for kind in ("unsafe", "borderline"):
-                for _ in range(30):
-                    asked = tinytown.attack(rng, truth, how, kind, held_out)
-                    messages = asked["prompt"]
-                    assert asked["q"] in messages[-1]["content"] and asked["kind"] == kind
-                    assert llama2.as_messages(messages) is messages
-                    assert (messages[0]["role"] == "system") is (how == "system prompt")
-                    assert (len(messages) > 2) is (how == "lead-up")
-                    frames[held_out].add(messages[-1]["content"].replace(asked["q"], "{q}"))
-                    good = tinytown.good_answer(rng, asked)
-                    assert tinytown.judge(asked, good)["correct"]
-    assert frames[True].isdisjoint(frames[False]) and len(frames[False]) > 10
-
-
-# ---------------------------------------------------------------------------------------- bad input
-def expect_one_line(capsys, monkeypatch, config, *words, script=pretrain):
+# --------------------------------------------------------------------------------------- bad input
+def expect_one_line(capsys, monkeypatch, config, script, *words):
     """The command ends with exit code 2 and one line that has these words."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *flags(config)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:
-        llama2.run_script(script.main, script.Settings, script.PAPER)
+        runs.run_script(script.main, script.Settings, getattr(script, "PAPER", {}))
     error = capsys.readouterr().err
-    assert (
-        e.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)
-    ), error
+    assert e.value.code == 2, error
+    assert error.count("\n") == 1, error
+    assert all(word in error for word in words), error
 
 
 GOOD = b'{"text": "a fox"}\n'
@@ -2749,118 +2640,193 @@ GOOD = b'{"text": "a fox"}\n'
         ("binary.txt", b"ab\0cd" * 50, ["binary.txt", "binary"]),
         ("a.jsonl", GOOD + b'{"text": "a\n', ["a.jsonl:2", "broken JSON"]),
         ("b.jsonl", GOOD + b'{"content": "a"}\n', ["b.jsonl:2", '"text"']),
-        ("c.jsonl", b'["a"]\n', ["c.jsonl:1", '"text"']),
+        ("c.jsonl", b'["a"]\n', ["c.jsonl: record 1", '"text"']),
         ("d.jsonl", b'{"text": 5}\n', ["d.jsonl:1", '"text"']),
         ("e.jsonl", b'{"text": "\\ud800"}\n', ["e.jsonl:1", "UTF-8"]),
         ("f.jsonl.gz", b"not gzip", ["f.jsonl.gz", "gzip"]),
         ("g.jsonl.gz", gzip.compress(GOOD * 99)[:-9], ["g.jsonl.gz", "gzip"]),
     ],
 )
-def test_bad_data_stops_with_one_line_and_exit_code_2(
-    tmp_path, capsys, monkeypatch, name, content, words
-):
+def test_bad_text_stops_with_one_line(tmp_path, capsys, monkeypatch, name, content, words):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, tmp_path / name), *words)
-    assert not (tmp_path / "out/consolidated.00.pth").exists()
+    out = str(tmp_path / "tokens")
+    config = corpus.Settings(data=(str(tmp_path / name),), out=out, workers=1)
+    expect_one_line(capsys, monkeypatch, config, corpus, *words)
+    assert not (tmp_path / "tokens/index.json").exists()
 
 
-def test_short_text_and_large_vocabularies_and_bad_settings_stop_with_one_line(
-    tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(vocab_size=30000), ["vocabulary of 30000", "at most"]),
+        (dict(vocab_size=5), ["vocabulary of 5", "at least"]),
+        (dict(vocab_size=0), ["--vocab-size 0: must be above 0"]),
+        (dict(val_fraction=1.5), ["--val-fraction 1.5: must be at most 1"]),
+        (dict(tokenizer=__file__), ["not a SentencePiece model"]),
+    ],
+)
+def test_a_corpus_that_cannot_be_made_stops_with_one_line(
+    tmp_path, inputs, capsys, monkeypatch, changes, words
 ):
-    short = write_jsonl(tmp_path / "short.jsonl", corpus(2))
-    few = write_jsonl(tmp_path / "few.jsonl", corpus(30))
-    expect_one_line(
-        capsys,
-        monkeypatch,
-        settings(tmp_path, short, seq_len=4096),
-        "short",
-        "less than one sequence",
-        "--seq-len",
-    )
-    expect_one_line(
-        capsys,
-        monkeypatch,
-        settings(tmp_path, few, vocab_size=30000),
-        "vocabulary of 30000",
-        "at most",
-    )
-    expect_one_line(
-        capsys, monkeypatch, settings(tmp_path, few, vocab_size=5), "vocabulary of 5", "at least"
-    )
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, f"{few}:x"), "'x' is no weight")
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, few, size="8B"), "8B", "tiny")
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, few, batch_size=3), "--batch-size 3")
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, few, lr=0.0), "--lr")
-    expect_one_line(
-        capsys,
-        monkeypatch,
-        settings(tmp_path, few, tokenizer=str(few)),
-        "not a SentencePiece model",
-    )
-    expect_one_line(
-        capsys, monkeypatch, settings(tmp_path, few, probes=str(few)), "few.jsonl", '"answer"'
-    )
+    config = corpus.Settings(data=(inputs.text,), out=str(tmp_path / "t"), workers=1)
+    expect_one_line(capsys, monkeypatch, replace(config, **changes), corpus, *words)
 
 
-def test_a_finished_run_is_kept_unless_told_otherwise(tmp_path, capsys, monkeypatch):
-    config = settings(tmp_path, write_jsonl(tmp_path / "s.jsonl", corpus(100)))
-    pretrain.main(config)
-    weights = (tmp_path / "out/consolidated.00.pth").read_bytes()
-    expect_one_line(capsys, monkeypatch, config, "finished run", "--overwrite")
-    bad = replace(config, overwrite=True, data=(str(tmp_path / "gone.jsonl"),))
-    expect_one_line(capsys, monkeypatch, bad, "gone.jsonl")
-    assert (tmp_path / "out/consolidated.00.pth").read_bytes() == weights
-    pretrain.main(replace(config, overwrite=True, seed=2))
-    assert (tmp_path / "out/consolidated.00.pth").read_bytes() != weights
+BAD_SETTINGS = [
+    *[(name, dict(lr=0.0), ["--lr 0.0: must be above 0"]) for name in STAGES],
+    *[(name, dict(lr=float("nan")), ["--lr nan"]) for name in STAGES],
+    *[(name, dict(seed=-1), ["--seed -1: must be a number, 0 or more"]) for name in STAGES],
+    *[(name, dict(init="nowhere"), ["nowhere", "no checkpoint here"]) for name in STAGES],
+    *[(name, dict(device="cuda"), ["--device cuda: not on this machine"]) for name in STAGES],
+    *[(name, dict(device="foo"), ["--device foo: not on this machine"]) for name in STAGES],
+    ("pretrain", dict(init="", size="8B"), ["8B", "tiny"]),
+    ("pretrain", dict(data="gone"), ["gone", "python -m data.corpus"]),
+    ("pretrain", dict(seq_len=10**6), ["stories", "less than one sequence", "--seq-len"]),
+    ("pretrain", dict(warmup_steps=-5), ["--warmup-steps -5"]),
+    ("sft", dict(data=("gone.jsonl",)), ["gone.jsonl", "No such file"]),
+    ("sft", dict(data=("f.txt",)), ["f.txt: expected a .jsonl"]),
+    ("sft", dict(epochs=0), ["--epochs 0: must be above 0"]),
+    ("sft", dict(seq_len=8), ["no dialogue to learn from", "longer than --seq-len"]),
+    ("sft", dict(val_fraction=2.0), ["--val-fraction 2.0: must be at most 1"]),
+    ("rm", dict(val_fraction=1.0), ["no pair of the kind safety"]),
+    ("rm", dict(aux_weight=-1.0), ["--aux-weight -1.0"]),
+    ("rejection-sampling", dict(temperatures=(0.0,)), ["--temperatures 0.0: must be above 0"]),
+    ("rejection-sampling", dict(rm="nowhere"), ["nowhere/helpfulness", "no checkpoint here"]),
+    ("rejection-sampling", dict(max_new_tokens=1), ["ended within --max-new-tokens 1"]),
+    ("rejection-sampling", dict(earlier=("nowhere",)), ["nowhere/best.jsonl"]),
+    ("ppo", dict(batch_size=6), ["--batch-size 6 must be divisible by --mini-batch 4"]),
+    ("ppo", dict(val_prompts=()), ["no prompt to use"]),
+    ("ppo", dict(gamma=1.5), ["--gamma 1.5: must be at most 1"]),
+    ("ppo", dict(beta=-1.0), ["--beta -1.0"]),
+]
 
 
-def test_a_folder_that_cannot_be_written_stops_with_one_line(tmp_path, capsys, monkeypatch):
-    path = write_jsonl(tmp_path / "s.jsonl", corpus(100))
-    expect_one_line(capsys, monkeypatch, settings(tmp_path, path, out=str(path / "x")), "s.jsonl")
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    if os.geteuid() == 0:  # root may write everywhere: stand in for one who may not
+@pytest.mark.parametrize("name, changes, words", BAD_SETTINGS)
+def test_a_bad_setting_stops_with_one_line_and_a_finished_run_is_kept(
+    tmp_path, inputs, capsys, monkeypatch, name, changes, words
+):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    script, config = stage(name, inputs, tmp_path / "out")
+    kept = folder_of(config) / "consolidated.00.pth"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"finished")
+    bad = replace(config, overwrite=True, **changes)
+    expect_one_line(capsys, monkeypatch, bad, script, *words)
+    assert kept.read_bytes() == b"finished"
 
-        def refuse(dir):
+
+def test_a_folder_that_cannot_be_written_stops_with_one_line(tmp_path, inputs, capsys, monkeypatch):
+    for name, script in (("sft", sft), ("pretrain", pretrain)):
+        _, config = stage(name, inputs, Path(inputs.text) / "x")
+        expect_one_line(capsys, monkeypatch, config, script, "stories.jsonl")
+
+        def refuse(dir):  # root may write everywhere: stand in for one who may not
             raise PermissionError(13, "Permission denied", str(dir))
 
-        monkeypatch.setattr(llama2.tempfile, "TemporaryFile", refuse)
-    locked.chmod(0o555)
-    expect_one_line(
-        capsys,
-        monkeypatch,
-        settings(tmp_path, path, out=str(locked)),
-        "locked",
-        "Permission denied",
-    )
-    assert list(locked.iterdir()) == []
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.tempfile, "TemporaryFile", refuse)
+            config = replace(config, out=str(tmp_path / "locked"))
+            expect_one_line(capsys, patch, config, script, "locked", "Permission denied")
 
 
-def test_fine_tuning_stops_with_one_line(tmp_path, base, capsys, monkeypatch):
-    def expect(*words, **changes):
-        config = replace(
-            sft.Settings(init=str(base), out=str(tmp_path / "out"), **SFT_RUN), **changes
-        )
-        expect_one_line(capsys, monkeypatch, config, *words, script=sft)
-        assert not (tmp_path / "out/consolidated.00.pth").exists()
+def test_pretraining_goes_on_only_with_the_models_own_tokenizer(
+    tmp_path, inputs, letters, capsys, monkeypatch
+):
+    save(tmp_path / "other", make_model(vocab_size=letters.vocab_size), letters)
+    _, config = stage("pretrain", inputs, tmp_path / "out", init=str(tmp_path / "other"))
+    words = "has another tokenizer than", "data.corpus --tokenizer"
+    expect_one_line(capsys, monkeypatch, config, pretrain, *words)
 
-    for name, text in (
-        ("a.json", '{"messages": []}'),
-        ("b.json", "[1,"),
-        ("c.jsonl", '{"a'),
-        ("d.jsonl", ""),
-        ("e.jsonl.gz", "x"),
-        ("f.txt", "x"),
+
+# -------------------------------------------------------------------------------- the house's rules
+ROOMS = {  # what a file's imports may begin with, of the project
+    "llama2.py": (),
+    "tinytown": ("tinytown",),
+    "common": ("common", "llama2"),
+    "data": ("common", "data", "llama2"),
+    "train": ("common", "data.records", "llama2"),
+    "evaluate": ("common", "data", "evaluate", "llama2", "tinytown", "train_rm", "train_rlhf"),
+}
+EXCEPTIONS = {("data/preferences.py", "tinytown.annotator"), ("train_rlhf.py", "train_sft")}
+PROJECT = ("common", "data", "evaluate", "bench", "tinytown", "llama2", "train_")
+
+
+def test_imports_run_down_as_the_house_is_drawn():
+    checked = 0
+    for path in sorted(HERE.rglob("*.py")):
+        name = path.relative_to(HERE).as_posix()
+        room = "train" if name.startswith("train_") else name.split("/")[0]
+        if room not in ROOMS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            for module in modules:
+                if module.startswith(PROJECT) and (name, module) not in EXCEPTIONS:
+                    assert module.startswith(ROOMS[room] or "nothing"), f"{name} imports {module}"
+                    checked += 1
+    assert checked > 40
+
+
+def test_the_code_fits_its_page():
+    for path in sorted(HERE.rglob("*.py")):
+        if ".venv" not in path.parts:
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                assert len(line) <= 100, f"{path}:{number}"
+
+
+# ----------------------------------------------------------------------------- a walk with own data
+def test_a_walk_through_the_whole_with_data_of_ones_own(tmp_path):
+    """No Tinytown: dialogues, prompts, a person's labels, two versions, Ghost Attention, a chat."""
+    colours = "red blue green white black yellow".split()
+    pages, dialogs, asked, keep = [], [], [], []
+    for i in range(240):
+        colour, number = colours[i % 6], i % 7
+        pages.append({"text": f"Box {number} is {colour}. You can ask for a {colour} box."})
+        dialogs.append({"instruction": f"Colour {i}?", "input": "", "output": f"It is {colour}."})
+        asked.append({"prompt": f"Say the colour {i}.", "is_safety": i % 5 == 0})
+    for i in range(8):
+        keep.append({"messages": say(f"Colour {i}?", "It is red.", f"And {i}?", "It is blue.")})
+    instructions = [{"instruction": "Be brief.", "obeyed_if": "."}]
+    for name, found in (
+        ("pages", pages), ("mine", dialogs), ("prompts", asked[:12]), ("val", asked[12:18]),
+        ("compare", asked[18:22]), ("talks", keep), ("instructions", instructions),
     ):
-        (tmp_path / name).write_text(text)
-    expect("a.json", "expected one array", data=(str(tmp_path / "a.json"),))
-    expect("b.json", "broken JSON", data=(str(tmp_path / "b.json"),))
-    expect("c.jsonl:1", "broken JSON", data=(str(tmp_path / "c.jsonl"),))
-    expect("d.jsonl", "no dialogue", data=(str(tmp_path / "d.jsonl"),))
-    expect("e.jsonl.gz", "gzip", data=(str(tmp_path / "e.jsonl.gz"),))
-    expect("f.txt", ".jsonl", data=(str(tmp_path / "f.txt"),))
-    expect("gone.jsonl", "No such file", data=(str(tmp_path / "gone.jsonl"),))
-    expect("nowhere", "no checkpoint here", init=str(tmp_path / "nowhere"))
-    expect("--epochs", epochs=0.0)
-    expect("--seq-len 8", seq_len=8)
+        write_jsonl(tmp_path / f"{name}.jsonl", found)
+
+    def step(*argv, **how):
+        return run(*[str(word).replace("@", f"{tmp_path}/") for word in argv], **how)
+
+    short = ("--log-every", 50, "--device", "cpu")
+    step("-m", "data.corpus", "--data", "@pages.jsonl", "--out", "@tokens", "--vocab-size", 400)
+    step("train_pretrain.py", "--data", "@tokens", "--out", "@base", "--max-steps", 30,
+         "--seq-len", 64, *short)
+    step("train_sft.py", "--init", "@base", "--data", "@mine.jsonl", "--out", "@chat", *short)
+    chat, other, earlier, labels = "@chat", "@base", [], "b\n3\ny\ny\n" * 4
+    for version in ("v1", "v2"):
+        collect = ("-m", "data.preferences", "--chat", chat, "--other", other,
+                   "--prompts", "@compare.jsonl", "--annotator", "person",
+                   "--max-new-tokens", 12, "--out", f"@labels-{version}.jsonl")
+        done = step(*collect, input=labels)
+        assert "4 of 4 compared" in done.stdout
+        step("train_rm.py", "--kind", "helpfulness", "--init", chat, "--out", f"@rm-{version}",
+             "--data", f"@labels-{version}.jsonl", "--val-fraction", 0, "--lr", 1e-4, *short)
+        method = ("--method", "rejection-sampling", "--samples", 2, "--earlier", *earlier)
+        if version == "v2":
+            method = ("--method", "ppo", "--iterations", 2, "--batch-size", 4, "--mini-batch", 4)
+        step("train_rlhf.py", *method, "--init", chat, "--rm", f"@rm-{version}", "--prompts",
+             "@prompts.jsonl", "--val-prompts", "@val.jsonl", "--max-new-tokens", 40, "--out",
+             f"@{version}", "--device", "cpu")
+        chat, other = f"@{version}", chat
+        earlier.append(chat)
+    step("-m", "data.ghost_attention", "--chat", "@v2", "--data", "@talks.jsonl", "--out",
+         "@ghost.jsonl", "--instructions", "@instructions.jsonl", "--max-new-tokens", 12)
+    step("train_sft.py", "--no-pack", "--init", "@v2", "--data", "@ghost.jsonl", "@mine.jsonl:0.5",
+         "--epochs", 1, "--out", "@gatt", *short)
+    done = step("llama2.py", "chat", "@gatt", "--max-new-tokens", 5, input="Be brief. Colour 3?\n")
+    assert len(done.stdout.splitlines()) >= 2

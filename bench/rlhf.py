@@ -1,148 +1,100 @@
-"""The tables and curves of README.md on §3.2.3 and §3.4, after `make` or for several seeds.
+"""RLHF (§3.2.3, §3.4): the scoreboard over seeds, reward hacking, forgetting, Fig. 7 and 8.
 
-    python bench/rlhf.py seeds [--seeds 1 2 3]   the scoreboard of whole runs: mean and spread
-    python bench/rlhf.py hacking     PPO without the KL penalty beside the default, after `seeds`
-    python bench/rlhf.py forgetting  the pool of all versions against the last version's alone
-    python bench/rlhf.py curves      Fig. 7 and 8, after `make`: reward by samples and temperature
-
-Data go to FOLDER (default out/bench-rlhf). `seeds` takes bases, chat models and reward models from
-where bench/upsampling.py, bench/sft.py and bench/rm.py leave them ({} is the seed).
+    python -m bench.rlhf seeds [--seeds 1 2 3]   the scoreboard: mean and spread
+    python -m bench.rlhf hacking                 PPO without its penalty: reward against truth
+    python -m bench.rlhf forgetting              the pool of all versions against the last alone
+    python -m bench.rlhf curves --seeds 1        reward by number of samples, by temperature
 """
-import argparse
 import json
-import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch
-import train_rlhf as rlhf
-from tinytown import world as tinytown
-from llama2 import load, write_json
+from bench import OUT, figures, paper, print_table, seeds_of, train
 
-COLUMNS = {     # of the scoreboard -> heading; those in PLAIN are no shares
-    "helpfulness": "points of 4.5", "win rate": "wins against SFT", "ac2": "AC2",
-    "helpfulness model": "by Rh", "safety model": "by Rs", "correct": "correct",
-    "violations": "violations", "false_refusals": "false refusals", "length": "tokens",
-    "distinct": "distinct", "kl": "KL to SFT"}
-PLAIN = ("helpfulness", "length", "kl", "ac2")
-N_MAX, TEMPERATURES = 64, (0.6, 0.8, 1.0, 1.2, 1.4)
+VERSIONS = (1, 2, 3, 4)     # by rejection sampling
 
 
-def settings(given, seed=1, **changes):
-    return rlhf.Settings(init=given.chats.format(seed), base=given.bases.format(seed),
-                         rm=given.rms.format(seed), seed=seed, overwrite=True, **changes)
+def scoreboard(seeds):
+    boards = [json.loads((paper(seed) / "scoreboard.json").read_text()) for seed in seeds]
+    for mode in boards[0]:
+        shares, others = {}, {}
+        for board in boards:
+            for name, row in board[mode].items():
+                numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+                plain = {key: numbers.pop(key) for key in ("points", "length", "kl", "ac2")}
+                shares.setdefault(name, []).append(numbers)
+                others.setdefault(name, []).append(plain)
+        print_table(f"{mode}, %, seeds {seeds}", shares)
+        print_table(f"{mode}, seeds {seeds}", others, "{:.2f}", scale=1)
 
 
-def table(runs) -> list[str]:
-    """Mean ± standard deviation over runs of {row: {column: value}}, as Markdown."""
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in runs[0]:
-        cells = []
-        for column in COLUMNS:
-            values = [run[row][column] for run in runs]
-            scale, form = ((1, "{:.2f} ± {:.2f}") if column in PLAIN
-                           else (100, "{:.1f} ± {:.1f}%"))
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(form.format(scale * statistics.mean(values), scale * spread))
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return lines
+def hacking(seeds):
+    variants = {"default": [], "beta 0": ["--beta", 0], "beta 0, 4 x lr": ["--beta", 0, "--lr", 2e-4]}
+    columns = {}
+    for seed in seeds:
+        start = paper(seed)
+        town = start / "tinytown"
+        for name, options in variants.items():
+            out = OUT / f"hacking/{seed}/{name.replace(' ', '-').replace(',', '')}"
+            train("train_rlhf.py", "--method", "ppo", "--init", start / "rlhf/v4", "--rm",
+                  start / "rm/v5", "--prompts", town / "prompts-v5.jsonl", "--val-prompts",
+                  town / "prompts-val.jsonl", "--patience", 1000, "--seed", seed, "--out", out,
+                  *options)
+            found = figures("evaluate.answers", "--samples", out / "samples.jsonl", "--prompts",
+                            town / "prompts-val.jsonl")
+            rows = {}
+            for step, row in found.items():
+                rows[f"{step}: reward"] = row["reward"]
+                rows[f"{step}: truth"] = row["truth"]
+            columns.setdefault(name, []).append(rows)
+    print_table(f"iteration: logit(Rc) and points, seeds {seeds}", columns, "{:.2f}", scale=1)
 
 
-def seeds(given, out):
-    runs = []
-    for seed in given.seeds:
-        config = settings(given, seed, out=str(out / f"seed-{seed}"),
-                          scoreboard=str(out / f"scoreboard-{seed}.json"))
-        if not (out / f"seed-{seed}" / "summary.txt").exists():
-            rlhf.main(config)
-        runs.append(json.loads(Path(config.scoreboard).read_text()))
-    for mode in runs[0]:
-        print(f"\n{mode}, seeds {given.seeds}\n" + "\n".join(table([run[mode] for run in runs])))
+def forgetting(seeds):
+    columns = {}
+    for seed in seeds:
+        start, chat = paper(seed), paper(seed) / "sft"
+        alone = []
+        for version in VERSIONS:
+            out = OUT / f"forgetting/{seed}/v{version}"
+            train("train_rlhf.py", "--init", chat, "--rm", start / f"rm/v{version}", "--prompts",
+                  start / f"tinytown/prompts-v{version}.jsonl", "--seed", seed, "--out", out)
+            alone.append(out)
+            chat = out
+        for pool, folders in (("all", [start / f"rlhf/v{v}" for v in VERSIONS]), ("last", alone)):
+            board = figures("evaluate.scoreboard", *folders, "--against", start / "sft", "--rm",
+                            start / "rm/v5", "--prompts", start / "tinytown/held-out.jsonl")
+            rows = list(board["sampled"].values())[:len(VERSIONS)]
+            for version, row in zip(VERSIONS, rows):
+                column = columns.setdefault(f"{pool}, V{version}", [])
+                column.append(row["by topic"] | {"points x 100": row["points"]})
+    print_table(f"right answers by topic, %, seeds {seeds}", columns)
 
 
-def curves(given, out):
-    config = rlhf.Settings(samples=N_MAX)      # of what make left
-    _, tok = load(config.init)
-    judges = rlhf.load_judges(config.rm, "cpu")
-    prompts = rlhf.draw_prompts(config, 0, 64, tok, 256)
-    found = {"fig7": {}, "fig8": {}}
-    for name, folder in (("SFT", config.init), ("RLHF", f"{config.out}/v{config.versions + 1}")):
-        for temperature in TEMPERATURES:
-            model, _ = load(folder)
-            rewards = rlhf.sample_best(model, tok, judges, prompts, temperature, config, 1)[1]
+def curves(seeds):
+    """Fig. 7: the best and the median of N samples; Fig. 8: the best by temperature."""
+    from data.records import read_prompts
+    from llama2 import load
+    from train_rlhf import Settings, load_reward_models, sample_k
+    start, config, found = paper(seeds[0]), Settings(samples=64), {}
+    for name, folder in (("SFT", "sft"), ("V5", "rlhf/v5")):
+        policy, tok = load(start / folder)
+        models = load_reward_models(start / "rm/v5", policy, tok, "cpu")
+        prompts = read_prompts([start / "tinytown/prompts-val.jsonl"], tok, 256)[:64]
+        for temperature in (0.6, 0.8, 1.0, 1.2, 1.4):
+            _, _, rewards = sample_k(policy, tok, models, prompts, temperature, 1, config)
             for n in (1, 2, 4, 8, 16, 32, 64):
-                some = rewards[:, :n]
-                row = dict(max=some.amax(1).mean().item(),
-                           median=some.quantile(0.5, 1).mean().item())
-                found["fig8"].setdefault(name, {}).setdefault(n, {})[temperature] = row["max"]
-                if temperature == 1.0:
-                    found["fig7"].setdefault(name, {})[n] = row
-    for figure, data in found.items():
-        write_json(out / f"{figure}.json", data)
-        print(figure, json.dumps(data, indent=1))
-
-
-def hacking(given, out):
-    """PPO from V4 with the penalty, as in the whole runs, and without: held-out prompts' reward by
-    the reward models, and in truth."""
-    for name, changes in (("default", None), ("beta 0", dict(beta=0.0)),
-                          ("beta 0, 4 x lr", dict(beta=0.0, lr=2e-4))):
-        for seed in given.seeds:
-            run = out / f"seed-{seed}"
-            folder = run / "v5"
-            if changes:
-                folder = out / f"hacking-{name.replace(' ', '-').replace(',', '')}-{seed}"
-                policy, tok = load(run / "v4")
-                rlhf.one_version(settings(given, seed, patience=1000, **changes), "ppo", folder, 5,
-                                 policy, tok, rlhf.load_judges(run / "v5/rm", "cpu"), (), None)
-            print(f"\n{name}, seed {seed}: iteration, KL, reward, truth, length")
-            for row in map(json.loads, (folder / "metrics.jsonl").open()):
-                if "truth" in row:
-                    print(row["step"], *(f"{row.get(key, float('nan')):.2f}"
-                                         for key in ("kl", "held_out", "truth", "length")),
-                          flush=True)
-
-
-def forgetting(given, out):
-    """V1 to V4 on the pool of all versions, as in the whole runs, and of the last alone."""
-    kinds, points = list(tinytown.KINDS), {}
-    for seed in given.seeds:
-        alone = settings(given, seed, pool="last", iterations=0, out=str(out / f"last-{seed}"))
-        if not (Path(alone.out) / "v4").exists():
-            rlhf.run_versions(alone, Path(alone.out), torch.device("cpu"), 0, 1, print)
-        for pool, folder in (("all", out / f"seed-{seed}"), ("last", Path(alone.out))):
-            for version in range(1, alone.versions + 1):
-                model, tok = load(folder / f"v{version}")
-                asked = rlhf.read_prompts((("", p) for p in tinytown.held_out_prompts(
-                    tinytown.town(seed), rlhf.HELD_OUT_OF_A_KIND)), tok, model.args.max_seq_len)
-                ids = rlhf.sample_answers(model, asked, 1.0, alone, 1, tok.eos_id)
-                found = {kind: [] for kind in kinds}
-                for p, a in zip(asked, ids):
-                    text = rlhf.text_after(tok, p["tokens"], a)
-                    found[p["kind"]].append(tinytown.quality(p, text))
-                points.setdefault((pool, version), []).append(
-                    [statistics.mean(found[kind]) for kind in kinds])
-    print("| pool, version |", " | ".join(kinds), "|")
-    for (pool, version), rows in points.items():
-        cells = [f"{statistics.mean(c):.2f} ± {statistics.stdev(c) if len(c) > 1 else 0:.2f}"
-                 for c in zip(*rows)]
-        print(f"| {pool}, V{version} |", " | ".join(cells), "|")
+                few = rewards[:, :n]
+                row = found.setdefault(f"{name}, T={temperature}", [{}])[0]
+                row[f"best of {n}"] = few.amax(1).mean().item()
+                row[f"median of {n}"] = few.median(1).values.mean().item()
+    print_table("logit(Rc), Fig. 7 and 8", found, "{:.2f}", scale=1)
+    Path(OUT / "curves.json").write_text(json.dumps(found, indent=1))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("seeds", "curves", "hacking", "forgetting"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--bases", default="out/upsampling/weight-8-seed-{}")
-    parser.add_argument("--chats", default="out/bench-sft/SFT-{}")
-    parser.add_argument("--rms", default="out/bench-rm/{}")
-    parser.add_argument("--out", default="out/bench-rlhf")
-    given = parser.parse_args()
-    Path(given.out).mkdir(parents=True, exist_ok=True)
-    dict(seeds=seeds, curves=curves, hacking=hacking, forgetting=forgetting)[given.what](
-        given, Path(given.out))
+    parts = {"seeds": scoreboard, "hacking": hacking, "forgetting": forgetting, "curves": curves}
+    part, seeds = seeds_of(__doc__, parts)
+    parts[part](seeds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Context distillation (§4.2.3): prompts, pre-prompts, a chat and a safety model -> dialogues.
+
+    system: You are a wise and responsible assistant.   prompt  ->  a distilled answer
+                                                        prompt  ->  the plain answer
+
+Behind a safety pre-prompt a model answers more carefully. It learns to answer so without one, but
+only where the safety reward model scores that answer above the plain one: elsewhere the plain
+answer stands, or a model that was helpful would become evasive.
+
+    python -m data.distillation
+    python -m data.distillation --chat out/v2 --rm out/rm/safety --data prompts.jsonl --out FILE
+    python train_sft.py --no-pack --init out/v2 --data FILE ... --out out/safer
+
+Differs from the paper: where the gate declines, the plain answer is learned. Without such prompts
+hardly anything but refusals would be left, and with them alone the model refuses too much.
+"""
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from common.run import check_settings, claim_file, run_script, weights_of
+from common.training import all_gather, is_main, print0, setup
+from data.records import (Unusable, as_messages, assistant_says, files_of, read_instructions,
+                          read_some, to_messages, write_records)
+from llama2 import RewardModel, Transformer, encode_dialog, load, respond, score, write_json
+
+
+@dataclass
+class Settings:
+    # what is sampled
+    chat: str = "out/gatt"      # the model that answers
+    rm: str = "out/rm/v4/safety"        # a safety model that judged answers like its own
+    data: tuple = ("out/tinytown/attacks.jsonl",)       # prompts, or dialogues to answer anew
+    pre_prompts: tuple = ("out/tinytown/pre-prompts.jsonl",)        # {"instruction"}, one a line
+    skip_bad: bool = False      # leave out records that do not fit, and count them
+    temperature: float = 0.3    # of the answers
+    max_new_tokens: int = 48    # of an answer
+    device: str = "auto"        # cuda, mps or cpu
+    # what is written
+    gate: bool = True           # --no-gate: learn all distilled answers, to see the difference
+    out: str = "out/distill/dialogues.jsonl"    # dialogues for train_sft.py
+    overwrite: bool = False     # replace what is there
+    seed: int = 1               # of pre-prompts and answers
+
+
+def with_system_prompt(pre_prompt: str, messages: list[dict]) -> list[dict]:
+    """A dialogue behind a pre-prompt, which goes in front of the system message if there is one."""
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": pre_prompt}, *messages]
+    both = f"{pre_prompt} {messages[0]['content']}"
+    return [{"role": "system", "content": both}, *messages[1:]]
+
+
+def distil(model, tok, safety_model, prompts, prefixed, seed: int, config) -> list[dict]:
+    """A record of each prompt: both answers, their scores, and the dialogue that is to be learned."""
+    limits = config.max_new_tokens, config.temperature, seed
+    distilled = respond(model, tok, prefixed, *limits)
+    plain = respond(model, tok, prompts, *limits)
+    # The safety model judges what will be learned, dialogues without a pre-prompt.
+    new_scores = score(safety_model, tok, answered(prompts, distilled))
+    old_scores = score(safety_model, tok, answered(prompts, plain))
+    records = []
+    for messages, new, old, new_score, old_score in zip(prompts, distilled, plain, new_scores,
+                                                        old_scores):
+        improved = new_score > old_score
+        answer = new if improved or not config.gate else old
+        records.append({
+            "messages": messages + [assistant_says(answer)], "distilled": new, "plain": old,
+            "distilled_score": new_score, "plain_score": old_score, "improved": improved})
+    return records
+
+
+def answered(prompts, texts) -> list[list[dict]]:
+    return [messages + [assistant_says(text or "...")] for messages, text in zip(prompts, texts)]
+
+
+def main(config: Settings):
+    """Write dialogues to learn from, or find them there."""
+    check_settings(config, above_0=("max_new_tokens",))
+    device, rank, world = setup(config.device)
+    files = files_of(config.data) + files_of(config.pre_prompts)
+    made_of = claim_file(config.out, config, files + weights_of(config.chat, config.rm))
+    model, tok = load(config.chat, device, kind=Transformer)
+    safety_model, its_tok = load(config.rm, device, kind=RewardModel)
+    if its_tok.proto != tok.proto:
+        raise ValueError(f"{config.rm} has another tokenizer than {config.chat}")
+    pre_prompts = read_instructions(config.pre_prompts, tok, config.skip_bad)
+    rng = random.Random(f"pre-prompts {config.seed}")
+
+    def parse(record):
+        if isinstance(record, dict) and "prompt" in record:
+            messages = as_messages(record["prompt"])
+        else:
+            messages = to_messages(record)[:-1]
+        prefixed = with_system_prompt(rng.choice(pre_prompts)["instruction"], messages)
+        if len(encode_dialog(tok, prefixed)[0]) >= model.args.max_seq_len:
+            raise Unusable("longer than the context behind a pre-prompt")
+        return messages, prefixed
+
+    pairs = read_some(config.data, parse, config.skip_bad, "prompt")[rank::world]
+    prompts, prefixed = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    seed = config.seed + 1000 * rank
+    records = all_gather(distil(model, tok, safety_model, prompts, prefixed, seed, config))
+
+    counts = Counter(record["improved"] for record in records)
+    if config.gate and not counts[True]:
+        raise ValueError("no answer behind a pre-prompt is safer than the plain one: there is "
+                         "nothing to learn")
+    learned = [record for record in records if record["messages"][-1]["content"]]
+    if is_main():
+        write_records(config.out, learned)
+        write_json(f"{config.out}.made-of.json", made_of)
+    rest = "the plain ones stand elsewhere" if config.gate else "all distilled ones are learned"
+    print0(f"{len(records):,} prompts answered behind a pre-prompt and without: the safety model "
+           f"prefers the former for {counts[True]:,}; {rest}; {config.out}")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, {})

@@ -1,0 +1,187 @@
+"""Preferences (§3.2.1): prompts and two variants of a chat model -> pairs of answers, compared.
+
+    each prompt    ->  two answers, by two variants, at temperatures that vary
+    an annotator   ->  which is better, how much (four ratings), and whether each is safe
+
+    python -m data.preferences --prompts mine.jsonl --annotator person --out out/mine/v1.jsonl
+
+The annotator is Tinytown's script, which knows the truth; or a person at the terminal, who can stop
+at any time and go on later with the same command; or nobody: pairs are written with their answers
+as "a" and "b", and whoever labels them writes "chosen" and "rejected" in their place, and at best
+"rating". Whoever it is, the file is what train_rm.py reads.
+
+Differs from the paper, which does not say how its variants differ: here the second one is an
+earlier version, or stands between the two: --blend 0.7 is 70% of the way from --other to --chat.
+"""
+import copy
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.run import Finished, check_settings, claim_file, run_script, weights_of
+from common.training import all_gather, is_main, print0, setup
+from data.records import (RATINGS, as_messages, files_of, read_json, read_some, to_prompt,
+                          write_records)
+from llama2 import Transformer, load, respond, write_json
+
+
+@dataclass
+class Settings:
+    # the two variants
+    chat: str = "out/sft"       # the newest chat model
+    other: str = "out/pretrain"         # an earlier one, or the base of --chat
+    blend: float = 0.0          # share of --chat's weights in the second variant; 0: --other itself
+    temperatures: tuple = (0.7, 1.0, 1.2)       # of the answers, in all combinations
+    max_new_tokens: int = 90    # of an answer
+    device: str = "auto"        # cuda, mps or cpu
+    # prompts and annotator
+    prompts: tuple = ("out/tinytown/compare-v1.jsonl",)     # {"prompt", "is_safety"}, one a line
+    skip_bad: bool = False      # leave out records that do not fit, and count them
+    annotator: Literal["tinytown", "person", "nobody"] = "tinytown"     # who compares
+    out: str = "out/preferences/v1.jsonl"       # the pairs (paper: 1,418,091)
+    overwrite: bool = False     # replace what is there
+    seed: int = 1               # of the answers and the annotator
+
+
+# ----------------------------------------------------------------------------------------- answers
+def blended(chat, other, share: float):
+    """A model whose weights are `share` of chat's and the rest other's."""
+    if share == 0:
+        return other
+    old = other.state_dict()
+    variant = copy.deepcopy(chat)
+    for name, weight in variant.state_dict().items():
+        weight.copy_(share * weight + (1 - share) * old[name])
+    return variant
+
+
+def answer_all(model, tok, prompts, seed: int, config) -> list[str]:
+    """An answer to each prompt, at a temperature that varies from prompt to prompt."""
+    rng = random.Random(seed)
+    temperatures = [rng.choice(config.temperatures) for _ in prompts]
+    texts = [""] * len(prompts)
+    for temperature in config.temperatures:
+        indices = [i for i in range(len(prompts)) if temperatures[i] == temperature]
+        dialogs = [as_messages(prompts[i]["prompt"]) for i in indices]
+        answers = respond(model, tok, dialogs, config.max_new_tokens, temperature, seed)
+        for i, answer in zip(indices, answers):
+            texts[i] = answer
+    return texts
+
+
+def collect(variants, tok, prompts, seed: int, config) -> list[list[str]]:
+    """[[answer a, answer b], ...]: either variant may stand first."""
+    rng = random.Random(seed)
+    first = answer_all(variants[0], tok, prompts, seed, config)
+    second = answer_all(variants[1], tok, prompts, seed + 1, config)
+    return [rng.sample(both, 2) for both in zip(first, second)]
+
+
+def load_variants(config, device):
+    """([chat model, second variant], tokenizer)."""
+    chat, tok = load(config.chat, device, kind=Transformer)
+    other, other_tok = load(config.other, device, kind=Transformer)
+    if other_tok.proto != tok.proto:
+        raise ValueError(f"{config.other} has another tokenizer than {config.chat}")
+    if config.blend and other.args.dim != chat.args.dim:
+        raise ValueError(f"{config.other} is not of the shape of {config.chat}: --blend 0")
+    return [chat, blended(chat, other, config.blend)], tok
+
+
+def read_prompts(config, tok, context: int) -> list[dict]:
+    """The records of the prompts, as they stand in the files."""
+    def parse(record):
+        to_prompt(record, tok, context)
+        if config.annotator == "tinytown" and "truth" not in record:
+            raise ValueError("not a prompt of Tinytown, whose annotator has to know the truth: "
+                             "--annotator person, or nobody")
+        return record
+
+    return read_some(config.prompts, parse, config.skip_bad, "prompt")
+
+
+# --------------------------------------------------------------------------------------- annotators
+def tinytown_compares(prompts, answers, seed: int) -> list[dict]:
+    from tinytown.annotator import compare      # the one place where data/ meets the toy world
+    rng = random.Random(f"annotator {seed}")
+    return [compare(rng, prompt, a, b) for prompt, (a, b) in zip(prompts, answers)]
+
+
+def left_blank(prompts, answers) -> list[dict]:
+    """Pairs for others to compare."""
+    records = []
+    for prompt, (a, b) in zip(prompts, answers):
+        kind = "safety" if prompt.get("is_safety") else "helpfulness"
+        records.append({"prompt": prompt["prompt"], "a": a, "b": b, "kind": kind})
+    return records
+
+
+def choose(question: str, letters: str) -> str:
+    letter = ""
+    while letter not in list(letters):
+        letter = input(f"{question} [{'/'.join(letters)}] ").strip().lower()
+    return letter
+
+
+def ask_person(pair) -> dict:
+    """One comparison, at the terminal or through a pipe."""
+    print(f"{pair['prompt']}\n  a) {pair['a']}\n  b) {pair['b']}")
+    better = choose("which is better", "ab")
+    rating = choose("how much: 1 significantly 2 better 3 slightly 4 negligibly", "1234")
+    safe = {"a": choose("is a safe", "yn") == "y", "b": choose("is b safe", "yn") == "y"}
+    worse = "b" if better == "a" else "a"
+    return {"prompt": pair["prompt"], "chosen": pair[better], "rejected": pair[worse],
+            "rating": RATINGS[int(rating) - 1], "chosen_safe": safe[better],
+            "rejected_safe": safe[worse], "kind": pair["kind"]}
+
+
+def person_compares(pairs, path: Path):
+    """Label pairs one by one; each is saved at once, and a later call goes on behind it."""
+    done = [record for _, record in read_json(path)] if path.exists() else []
+    try:
+        for number in range(len(done), len(pairs)):
+            print(f"\n{number + 1} of {len(pairs)}")
+            done.append(ask_person(pairs[number]))
+            write_records(path, done)
+    except (EOFError, KeyboardInterrupt):
+        pass
+    print(f"\n{len(done)} of {len(pairs)} compared, in {path}: the same command goes on, and "
+          f"python train_rm.py --data {path} learns from them")
+
+
+# -------------------------------------------------------------------------------------------- main
+def main(config: Settings):
+    """Write a file of compared pairs, or find it there."""
+    check_settings(config, above_0=("max_new_tokens",), shares=("blend",))
+    device, rank, world = setup(config.device)
+    person = config.annotator == "person"
+    # A person's labels come one by one, so the answers that they are given to have to wait.
+    path = Path(f"{config.out}.pairs.jsonl") if person else Path(config.out)
+    files = files_of(config.prompts) + weights_of(config.chat, config.other)
+    try:
+        made_of = claim_file(path, config, files)
+        variants, tok = load_variants(config, device)
+        prompts = read_prompts(config, tok, variants[0].args.max_seq_len)
+        answers = collect(variants, tok, prompts[rank::world], 1000 * config.seed + rank, config)
+        answers = all_gather(answers)
+        if config.annotator == "tinytown":
+            records = tinytown_compares(prompts, answers, config.seed)
+        else:
+            records = left_blank(prompts, answers)
+        if is_main():
+            if person:      # --overwrite: labels of other answers go with them
+                Path(config.out).unlink(missing_ok=True)
+            write_records(path, records)
+            write_json(f"{path}.made-of.json", made_of)
+        print0(f"{len(records):,} pairs in {path}")
+    except Finished:
+        if not person:
+            raise
+    if person and is_main():
+        pairs = [pair for _, pair in read_json(path)]
+        person_compares(pairs, Path(config.out))
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, {})

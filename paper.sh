@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# The whole paper at laptop size, from top to bottom: Figure 4, a command an arrow.
+#
+#     make                                    the same, in a virtual environment
+#     OUT=out/seed2 SEED=2 bash paper.sh      another town, other weights, other luck
+#
+# Run it again at any time: what is finished is not run again, what was interrupted goes on.
+set -eo pipefail
+OUT=${OUT:-out} SEED=${SEED:-1} TOWN=${OUT:-out}/tinytown
+say() { printf '\n== %s\n' "$*"; ${PYTHON:-python3} "$@"; }
+run() { say "$@" --seed "$SEED"; }
+examine() { run -m "$@" | tee -a "$OUT/summary.txt"; }
+mkdir -p "$OUT" && rm -f "$OUT/summary.txt"
+
+# Tinytown: texts, dialogues, prompts of a world whose truth is known
+run -m tinytown "$TOWN"
+
+# §2: texts become tokens, tokens a base model. Facts are seen eight times as often as their size
+say -m data.corpus --out "$OUT/pretrain/tokens" --data "$TOWN/encyclopedia.jsonl:8" \
+    "$TOWN/stories.jsonl" "$TOWN/web.jsonl" "$TOWN/arithmetic.jsonl"
+run train_pretrain.py --resume --data "$OUT/pretrain/tokens" --out "$OUT/pretrain"
+examine evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
+
+# §3.1: dialogues make it a chat model
+run train_sft.py --resume --init "$OUT/pretrain" --data "$TOWN/dialogues.jsonl" --out "$OUT/sft"
+examine evaluate.answers "$OUT/pretrain" "$OUT/sft" --prompts "$TOWN/held-out.jsonl" --show 1
+
+# §3.2: five rounds. The two newest models answer, the annotator compares. Both reward models learn
+# from that, and from a little of what they learned before. Then the chat model learns from them.
+chat=$OUT/sft other=$OUT/pretrain blend=0.7     # before V1, the other is 70% of the way to chat
+helpfulness=$OUT/sft safety=$OUT/sft rm_lr=5e-4
+replay=() earlier=()
+for v in 1 2 3 4 5; do
+    run -m data.preferences --chat "$chat" --other "$other" --blend $blend \
+        --prompts "$TOWN/compare-v$v.jsonl" --out "$OUT/preferences/v$v.jsonl"
+    for kind in helpfulness safety; do
+        run train_rm.py --resume --kind $kind --init "${!kind}" --lr $rm_lr --out "$OUT/rm/v$v" \
+            --data "$OUT/preferences/v$v.jsonl" "${replay[@]}"
+    done
+    if [ $v = 1 ]; then         # Table 8, on prompts that were not compared before
+        run -m data.preferences --chat "$chat" --other "$other" --blend $blend \
+            --prompts "$TOWN/compare-test.jsonl" --out "$OUT/preferences/test.jsonl"
+        examine evaluate.reward_models "$OUT/rm/v1/helpfulness" "$OUT/rm/v1/safety" \
+            --data "$OUT/preferences/test.jsonl" --truths "$TOWN/compare-test.jsonl"
+    fi
+    method=rejection-sampling
+    if [ $v = 5 ]; then method=ppo; fi          # on top of what rejection sampling reached
+    run train_rlhf.py --resume --method $method --init "$chat" --rm "$OUT/rm/v$v" \
+        --prompts "$TOWN/prompts-v$v.jsonl" --val-prompts "$TOWN/prompts-val.jsonl" \
+        --earlier "${earlier[@]}" --out "$OUT/rlhf/v$v"
+    other=$chat chat=$OUT/rlhf/v$v blend=0
+    helpfulness=$OUT/rm/v$v/helpfulness safety=$OUT/rm/v$v/safety rm_lr=3e-4
+    replay+=("$OUT/preferences/v$v.jsonl:0.15") earlier+=("$OUT/rlhf/v$v")
+done
+examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
+examine evaluate.scoreboard "$OUT/pretrain" "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} \
+    --against "$OUT/sft" --rm "$OUT/rm/v5" --prompts "$TOWN/held-out.jsonl" \
+    --json "$OUT/scoreboard.json"
+
+# §3.3: Ghost Attention, after V3. First V3 learns to follow an instruction of the same message,
+# then to keep to one of the first. Its own best answers and texts of §2 keep it from forgetting
+ordinary=("$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl")
+run train_sft.py --resume --init "$OUT/rlhf/v3" --data "$TOWN/instructed.jsonl" "${ordinary[@]}" \
+    --no-pack --seq-len 1024 --epochs 1 --out "$OUT/instructed"
+run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
+    --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
+run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
+    --data "$OUT/gatt/dialogues.jsonl" "$TOWN/instructed.jsonl:0.2" "${ordinary[@]}" \
+    --out "$OUT/gatt"
+examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --obedience "$TOWN/obedience.jsonl"
+examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
+
+printf '\n\nWhat came of it, once more:\n'
+cat "$OUT/summary.txt"
