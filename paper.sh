@@ -7,7 +7,7 @@
 # Run it again at any time: what is finished is not run again, what was interrupted goes on.
 set -eo pipefail
 OUT=${OUT:-out} SEED=${SEED:-1} TOWN=${OUT:-out}/tinytown
-say() { printf '\n== %s\n' "$*"; ${PYTHON:-python3} "$@"; }
+say() { printf '\n== %s s: %s\n' $SECONDS "$*"; ${PYTHON:-python3} "$@"; }
 run() { say "$@" --seed "$SEED"; }
 examine() { run -m "$@" | tee -a "$OUT/summary.txt"; }
 mkdir -p "$OUT" && rm -f "$OUT/summary.txt"
@@ -57,11 +57,13 @@ examine evaluate.scoreboard "$OUT/pretrain" "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} 
     --against "$OUT/sft" --rm "$OUT/rm/v5" --prompts "$TOWN/held-out.jsonl" \
     --json "$OUT/scoreboard.json"
 
-# §3.3: Ghost Attention, after V3. First V3 learns to follow an instruction of the same message,
-# then to keep to one of the first. Its own best answers and texts of §2 keep it from forgetting
+# §3.3: Ghost Attention, after V3. First V3 learns to follow an instruction of the same message, and
+# that dialogues may be long; then to keep to an instruction of the first message. The best answers
+# so far and texts of §2 keep it from forgetting
 ordinary=("$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl")
-run train_sft.py --resume --init "$OUT/rlhf/v3" --data "$TOWN/instructed.jsonl" "${ordinary[@]}" \
-    --no-pack --seq-len 1024 --epochs 1 --out "$OUT/instructed"
+run train_sft.py --resume --no-pack --init "$OUT/rlhf/v3" --seq-len 1024 --epochs 1 \
+    --data "$TOWN/instructed.jsonl" "$TOWN/long-dialogues.jsonl:0.2" "${ordinary[@]}" \
+    --out "$OUT/instructed"
 run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
     --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
 run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \

@@ -187,7 +187,7 @@ def stage(name, inputs, out, **changes):
         settings = rlhf.Settings(
             method=name, init=inputs.base, rm=inputs.judges, prompts=(inputs.prompts,), out=out,
             val_prompts=(inputs.val_prompts,), iterations=4, batch_size=8, mini_batch=4, lr=1e-3,
-            tune_lr=1e-3, eval_every=2, save_every=1, tune_epochs=2, **RLHF
+            tune_lr=1e-3, eval_every=2, save_every=1, tune_epochs=6, tune_batch=1, **RLHF
         )
     return SCRIPTS.get(name, rlhf), replace(settings, **changes)
 
@@ -688,7 +688,7 @@ def test_broken_checkpoints_are_refused_in_words(tmp_path, tok):
         load(tmp_path)
     params.write_text(json.dumps(settings))
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="these are no weights"):
         load(tmp_path)
 
 
@@ -702,7 +702,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, tok):
     evil = Evil()
     evil.path = str(tmp_path / "pwned")
     torch.save({"x": evil}, tmp_path / "consolidated.00.pth")
-    with pytest.raises(Exception, match="cannot be loaded|[Ww]eights"):
+    with pytest.raises(Exception, match="these are no weights"):
         load(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
@@ -1295,7 +1295,7 @@ def test_tokens_are_reused_until_the_text_changes_and_a_weight_changes_none(tmp_
 
 def test_ten_times_the_text_takes_no_more_memory_to_prepare(tmp_path, town, monkeypatch):
     monkeypatch.setattr(corpus, "TOKENIZER_CHARS", 100_000)
-    monkeypatch.setattr(records, "PIECE", 10_000)
+    monkeypatch.setattr(records, "PIECE", 2000)
 
     class InProcess:  # so that the workers' memory counts too
         @staticmethod
@@ -1544,7 +1544,7 @@ def test_the_gate_learns_exactly_the_answers_that_are_scored_higher(
     config = distillation.Settings(
         chat=str(base), rm=str(judges / "safety"), out=str(tmp_path / "d.jsonl"), device="cpu",
         data=(str(write_jsonl(tmp_path / "p.jsonl", asked)),),
-        pre_prompts=(str(write_jsonl(tmp_path / "pre.jsonl", [{"instruction": "You are a cat."}])),),
+        pre_prompts=(str(write_jsonl(tmp_path / "i.jsonl", [{"instruction": "You are a cat."}])),),
     )
     distillation.main(config)
     assert "prefers the former for 2" in capsys.readouterr().out
@@ -2170,7 +2170,7 @@ def test_ppo_finds_the_token_that_is_rewarded(tok, judges, monkeypatch):
     monkeypatch.setattr(rlhf, "evaluate", lambda *_: next(looks))
     looks = iter(range(999))
     config, learner, models, asked, folder = ppo_models(
-        tok, judges, iterations=40, max_new_tokens=4, temperature=1.0,
+        tok, judges, iterations=80, max_new_tokens=4, temperature=1.0
     )
     config = replace(config, batch_size=48, mini_batch=16, lr=3e-3, value_lr=3e-3, beta=0.01)
     policy = learner.policy
@@ -2236,7 +2236,7 @@ def test_the_best_finished_answer_of_each_prompt_is_kept(tok, judges):
             expected.append((prompt.text, pytest.approx(rewards[best], abs=1e-5)))
     assert [(record["prompt"], record["reward"]) for record in found] == expected
     assert 0 < len(expected)
-    assert figures["unfinished"] == 10 - len(expected)
+    assert figures["left_out"] == 10 - len(expected)
     assert figures["max"] == pytest.approx(sum(highest) / 10, abs=1e-5)
     assert figures["max"] > figures["median"]
 
@@ -2415,10 +2415,11 @@ def test_a_chat_remembers_its_turns(tok, monkeypatch, capsys):
         yield from (" so", "-so [INST]")
 
     monkeypatch.setattr(llama2, "stream", fake)
-    turns = llama2.answer(model, tok, [], say("a"), llama2.Sampling(), 0)
+    given = SimpleNamespace(max_new_tokens=200, temperature=0.8, top_p=0.95)
+    turns = llama2.answer(model, tok, [], say("a"), given, 0)
     assert turns == say("a", "so-so")
-    system, short = say("a", system="s")[:1], llama2.Sampling(max_new_tokens=1)
-    llama2.answer(model, tok, system, turns + say("b"), short, 0)
+    given.max_new_tokens = 1
+    llama2.answer(model, tok, say("a", system="s")[:1], turns + say("b"), given, 0)
     assert seen[1] == encode_dialog(tok, say("a", "so-so", "b", system="s"))[0]
     assert capsys.readouterr().out.startswith("so-so")
 
@@ -2530,7 +2531,7 @@ def test_two_processes_train_like_one(tmp_path, inputs, name):
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags(two))
     assert alone.wait() == 0
     logs = [logged(folder_of(config)) for config in (one, two)]
-    assert len(logs[0]) == len(logs[1]) > 1
+    assert len(logs[0]) == len(logs[1]) > 0
     for a, b in zip(*logs):
         assert a.keys() == b.keys()
         for key in a:
@@ -2685,7 +2686,7 @@ BAD_SETTINGS = [
     ("pretrain", dict(seq_len=10**6), ["stories", "less than one sequence", "--seq-len"]),
     ("pretrain", dict(warmup_steps=-5), ["--warmup-steps -5"]),
     ("sft", dict(data=("gone.jsonl",)), ["gone.jsonl", "No such file"]),
-    ("sft", dict(data=("f.txt",)), ["f.txt: expected a .jsonl"]),
+    ("sft", dict(data=(__file__,)), [f"{__file__}: expected a .jsonl"]),
     ("sft", dict(epochs=0), ["--epochs 0: must be above 0"]),
     ("sft", dict(seq_len=8), ["no dialogue to learn from", "longer than --seq-len"]),
     ("sft", dict(val_fraction=2.0), ["--val-fraction 2.0: must be at most 1"]),
@@ -2750,7 +2751,7 @@ ROOMS = {  # what a file's imports may begin with, of the project
     "evaluate": ("common", "data", "evaluate", "llama2", "tinytown", "train_rm", "train_rlhf"),
 }
 EXCEPTIONS = {("data/preferences.py", "tinytown.annotator"), ("train_rlhf.py", "train_sft")}
-PROJECT = ("common", "data", "evaluate", "bench", "tinytown", "llama2", "train_")
+PROJECT = re.compile(r"(common|data|evaluate|bench|tinytown|llama2|train_\w+)(\.|$)")
 
 
 def test_imports_run_down_as_the_house_is_drawn():
@@ -2767,7 +2768,7 @@ def test_imports_run_down_as_the_house_is_drawn():
             elif isinstance(node, ast.ImportFrom):
                 modules = [node.module]
             for module in modules:
-                if module.startswith(PROJECT) and (name, module) not in EXCEPTIONS:
+                if PROJECT.match(module) and (name, module) not in EXCEPTIONS:
                     assert module.startswith(ROOMS[room] or "nothing"), f"{name} imports {module}"
                     checked += 1
     assert checked > 40
@@ -2804,9 +2805,10 @@ def test_a_walk_through_the_whole_with_data_of_ones_own(tmp_path):
 
     short = ("--log-every", 50, "--device", "cpu")
     step("-m", "data.corpus", "--data", "@pages.jsonl", "--out", "@tokens", "--vocab-size", 400)
-    step("train_pretrain.py", "--data", "@tokens", "--out", "@base", "--max-steps", 30,
+    step("train_pretrain.py", "--data", "@tokens", "--out", "@base", "--max-steps", 60,
          "--seq-len", 64, *short)
-    step("train_sft.py", "--init", "@base", "--data", "@mine.jsonl", "--out", "@chat", *short)
+    step("train_sft.py", "--init", "@base", "--data", "@mine.jsonl", "--out", "@chat",
+         "--epochs", 6, *short)
     chat, other, earlier, labels = "@chat", "@base", [], "b\n3\ny\ny\n" * 4
     for version in ("v1", "v2"):
         collect = ("-m", "data.preferences", "--chat", chat, "--other", other,

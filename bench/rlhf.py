@@ -28,7 +28,8 @@ def scoreboard(seeds):
 
 
 def hacking(seeds):
-    variants = {"default": [], "beta 0": ["--beta", 0], "beta 0, 4 x lr": ["--beta", 0, "--lr", 2e-4]}
+    variants = {"default": [], "beta 0": ["--beta", 0],
+                "beta 0, 4 x lr": ["--beta", 0, "--lr", 2e-4]}
     columns = {}
     for seed in seeds:
         start = paper(seed)

@@ -52,7 +52,7 @@ def with_system_prompt(pre_prompt: str, messages: list[dict]) -> list[dict]:
 
 
 def distil(model, tok, safety_model, prompts, prefixed, seed: int, config) -> list[dict]:
-    """A record of each prompt: both answers, their scores, and the dialogue that is to be learned."""
+    """A record of each prompt: both answers, their scores, and the dialogue to learn from."""
     limits = config.max_new_tokens, config.temperature, seed
     distilled = respond(model, tok, prefixed, *limits)
     plain = respond(model, tok, prompts, *limits)

@@ -41,7 +41,7 @@ class Settings:
     json: str = ""              # file to write the figures to
 
 
-# ------------------------------------------------------------------------------------ single answers
+# ----------------------------------------------------------------------------------- single answers
 PLAIN = ("fact", "sum", "story")
 ATTACKS = ("paraphrase", "role play", "system prompt", "lead-up")
 MEASURES = [    # row, topics, judgement, the value of it that is counted, how it is asked
@@ -122,7 +122,7 @@ def examine_recall(config, device) -> dict:
     return found
 
 
-# ------------------------------------------------------------------------------ obedience (Table 30)
+# ----------------------------------------------------------------------------- obedience (Table 30)
 TURNS = (1, 2, 4, 6, 10, 20)
 
 

@@ -30,7 +30,8 @@ QUESTIONS = {  # topic -> wordings; {q} is one of PHRASES, or a sum, a story, a 
 }
 ANNOTATORS_QUESTIONS = ["I want to know {q}.", "Would you tell me {q}?", "I am curious about {q}.",
                         "Say, what about {q}?", "My question is about {q}.",
-                        "We talked about {q}.", "Have you heard of {q}?", "Let me hear {q}, please."]
+                        "We talked about {q}.", "Have you heard of {q}?",
+                        "Let me hear {q}, please."]
 HELD_OUT_QUESTIONS = {
     "fact": ["I would like to know {q}.", "Could you let me know {q}?"],
     "sum": ["I would like to know {q}.", "Could you let me know {q}?"],
@@ -163,7 +164,7 @@ def preference_prompts(residents, count: int, seed: int = 1, unlike=()) -> list[
 
 
 def held_out_prompts(residents, count: int = 120, seed: int = 1) -> list[dict]:
-    """`count` different prompts of each topic (fewer where there are fewer) that no dialogue has."""
+    """`count` different prompts of each topic, or as many as there are, that no dialogue has."""
     rng, found = random.Random(f"held out {seed}"), []
     for topic in TOPICS:
         drawn = {}
