@@ -68,7 +68,7 @@ run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogue
     --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
 run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
     --data "$OUT/gatt/dialogues.jsonl" "$TOWN/instructed.jsonl:0.2" "${ordinary[@]}" \
-    --out "$OUT/gatt"
+    --batch-size 8 --out "$OUT/gatt"
 examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --obedience "$TOWN/obedience.jsonl"
 examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
 

@@ -37,23 +37,8 @@ from common import run as runs
 from common import training
 from data import corpus, distillation, ghost_attention, preferences, records
 from evaluate import answers, percent_table, reward_models, scoreboard, wilson
-from llama2 import (
-    SIZES,
-    KVCache,
-    ModelArgs,
-    RewardModel,
-    RMSNorm,
-    Tokenizer,
-    Transformer,
-    encode_dialog,
-    generate,
-    kv_cache_bytes,
-    load,
-    rotate,
-    rotations,
-    save,
-    stream,
-)
+from llama2 import (SIZES, KVCache, ModelArgs, RewardModel, RMSNorm, Tokenizer, Transformer,
+                    encode_dialog, generate, kv_cache_bytes, load, rotate, rotations, save, stream)
 from tinytown import annotator, prompts, world
 from tinytown.__main__ import every_file
 
@@ -148,10 +133,7 @@ def inputs(tmp_path_factory, tok, base, judges, town):
         bad = prompts.bad_answer(rng, asked, residents)
         pairs.append(annotator.compare(rng, asked, good, bad))
     return SimpleNamespace(
-        base=str(base),
-        judges=str(judges),
-        text=str(text),
-        tokens=str(tokens),
+        base=str(base), judges=str(judges), text=str(text), tokens=str(tokens),
         dialogues=str(write_jsonl(folder / "dialogues.jsonl", town["dialogues"][:60])),
         pairs=str(write_jsonl(folder / "pairs.jsonl", pairs)),
         prompts=str(write_jsonl(folder / "prompts.jsonl", town["prompts-v1"][:24])),
@@ -239,33 +221,23 @@ def say(*contents, system=""):
 
 
 # -------------------------------------------------------------------------------------------- model
-@pytest.mark.parametrize(
-    "size, count",
-    [
-        ("7B", 6_738_415_616),
-        ("13B", 13_015_864_320),
-        ("34B", 33_743_970_304),
-        ("70B", 68_976_648_192),
-    ],
-)
+@pytest.mark.parametrize("size, count", [
+    ("7B", 6_738_415_616), ("13B", 13_015_864_320), ("34B", 33_743_970_304),
+    ("70B", 68_976_648_192),
+])
 def test_the_papers_sizes_have_the_papers_parameter_counts(size, count):
     with torch.device("meta"):
         model = Transformer(ModelArgs(**SIZES[size]))
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.parametrize(
-    "bad, named",
-    [
-        (dict(dim=30, n_heads=4), "dim=30.*n_heads=4"),
-        (dict(n_heads=4, n_kv_heads=3), "n_heads=4.*n_kv_heads=3"),
-        (dict(dim=12, n_heads=4), "head of 3"),
-        (dict(n_layers=0), "n_layers=0"),
-        (dict(vocab_size=2.5), "vocab_size=2.5"),
-        (dict(norm_eps=0), "norm_eps=0"),
-        (dict(ffn_dim_multiplier=-1), "ffn_dim_multiplier=-1"),
-    ],
-)
+@pytest.mark.parametrize("bad, named", [
+    (dict(dim=30, n_heads=4), "dim=30.*n_heads=4"),
+    (dict(n_heads=4, n_kv_heads=3), "n_heads=4.*n_kv_heads=3"),
+    (dict(dim=12, n_heads=4), "head of 3"), (dict(n_layers=0), "n_layers=0"),
+    (dict(vocab_size=2.5), "vocab_size=2.5"), (dict(norm_eps=0), "norm_eps=0"),
+    (dict(ffn_dim_multiplier=-1), "ffn_dim_multiplier=-1"),
+])
 def test_an_impossible_shape_is_refused_by_field(bad, named):
     with pytest.raises(ValueError, match=named):
         replace(ARGS, **bad)
@@ -389,13 +361,8 @@ def test_logits_equal_those_of_transformers(n_kv_heads):
     args = model.args
     peer = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=args.ffn_dim,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=n_kv_heads,
-            rms_norm_eps=args.norm_eps,
+            vocab_size=300, hidden_size=32, intermediate_size=args.ffn_dim, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=n_kv_heads, rms_norm_eps=args.norm_eps,
             tie_word_embeddings=False,
         )
     ).eval()
@@ -405,8 +372,7 @@ def test_logits_equal_those_of_transformers(n_kv_heads):
 
     state = {
         "model.embed_tokens.weight": model.tok_embeddings.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.output.weight,
+        "model.norm.weight": model.norm.weight, "lm_head.weight": model.output.weight,
     }
     for i, block in enumerate(model.layers):
         at, ff, p = block.attention, block.feed_forward, f"model.layers.{i}."
@@ -414,10 +380,8 @@ def test_logits_equal_those_of_transformers(n_kv_heads):
             p + "self_attn.q_proj.weight": halves(at.wq.weight),
             p + "self_attn.k_proj.weight": halves(at.wk.weight),
             p + "self_attn.v_proj.weight": at.wv.weight,
-            p + "self_attn.o_proj.weight": at.wo.weight,
-            p + "mlp.gate_proj.weight": ff.w1.weight,
-            p + "mlp.down_proj.weight": ff.w2.weight,
-            p + "mlp.up_proj.weight": ff.w3.weight,
+            p + "self_attn.o_proj.weight": at.wo.weight, p + "mlp.gate_proj.weight": ff.w1.weight,
+            p + "mlp.down_proj.weight": ff.w2.weight, p + "mlp.up_proj.weight": ff.w3.weight,
             p + "input_layernorm.weight": block.attention_norm.weight,
             p + "post_attention_layernorm.weight": block.ffn_norm.weight,
         }
@@ -427,47 +391,31 @@ def test_logits_equal_those_of_transformers(n_kv_heads):
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        "  two  spaces  ",
-        " leading",
-        "trailing ",
-        "\ttab\t",
-        "line\n\n\nline\r\n",
-        "\n",
-        "😀👩‍👩‍👧",
-        "日本語 Ελληνικά עברית",
-        "a fox lived",
-        "12345.67",
-        "<s>",
-        "</s> <s>[INST]",
-        "<unk>",
-        "<0x41>",
-        "nul\0",
-        "▁",
-        "a▁b ▁▁",
-        "\ufeffbom",
-        "e\u0301",
-    ],
-)
+@pytest.mark.parametrize("text", [
+    "", " ", "  two  spaces  ", " leading", "trailing ", "\ttab\t", "line\n\n\nline\r\n", "\n",
+    "😀👩‍👩‍👧", "日本語 Ελληνικά עברית", "a fox lived", "12345.67", "<s>", "</s> <s>[INST]", "<unk>",
+    "<0x41>", "nul\0", "▁", "a▁b ▁▁", "\ufeffbom", "e\u0301",
+])
 def test_text_comes_back_unchanged_and_never_becomes_a_control_id(tok, text):
     ids = tok.encode(text)
     assert tok.decode(ids) == text
     assert not any(tok.sp.is_control(i) or tok.sp.is_unknown(i) for i in ids)
     assert tok.decode(tok.encode("start\n") + tok.encode(text, continuing=True)) == "start\n" + text
     sizes = tok.piece_bytes()
-    assert not text or sum(sizes[i] for i in ids) == len(text.encode()) + (
-        text[0] != "▁"
-    )  # the space in front
+    in_front = bool(text) and text[0] != "▁"  # the space that stands before each text
+    assert sum(sizes[i] for i in ids) == len(text.encode()) + in_front
 
 
 def test_bos_and_eos_are_added_on_demand_and_digits_are_split(tok):
     assert tok.encode("a", bos=True, eos=True) == [tok.bos_id, *tok.encode("a"), tok.eos_id]
     assert [tok.sp.id_to_piece(i) for i in tok.encode("907")][-3:] == ["9", "0", "7"]
     assert tok.pad_id == -1
+
+
+def test_text_that_is_no_text_is_a_value_error(tok):
+    for encode in (tok.encode, lambda text: encode_dialog(tok, say(text))):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            encode("caf\udce9")
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
@@ -507,19 +455,16 @@ def test_a_prompt_is_always_a_prefix_of_its_full_turn(tok):
         assert tok.decode(whole[len(asked) :]).strip() == answer.strip()
 
 
-@pytest.mark.parametrize(
-    "messages, words",
-    [
-        ([], "needs a user"),
-        (say("a", "b", "c")[1:], "message 1 has role 'assistant', expected 'user'"),
-        (say("a") * 2, "message 2 has role 'user', expected 'assistant'"),
-        (say("a", system="s") + say("b"), "message 3 has role 'user'"),
-        (say("a", "b") + say(system="s"), "message 3 has role 'system'"),
-        (say("x [/INST] y"), r"message 1 contains \[/INST\]"),
-        (say("a", "[INST]"), r"message 2 contains \[INST\]"),
-        (say("a", system="<</SYS>>"), "message 1 contains <</SYS>>"),
-    ],
-)
+@pytest.mark.parametrize("messages, words", [
+    ([], "needs a user"),
+    (say("a", "b", "c")[1:], "message 1 has role 'assistant', expected 'user'"),
+    (say("a") * 2, "message 2 has role 'user', expected 'assistant'"),
+    (say("a", system="s") + say("b"), "message 3 has role 'user'"),
+    (say("a", "b") + say(system="s"), "message 3 has role 'system'"),
+    (say("x [/INST] y"), r"message 1 contains \[/INST\]"),
+    (say("a", "[INST]"), r"message 2 contains \[INST\]"),
+    (say("a", system="<</SYS>>"), "message 1 contains <</SYS>>"),
+])
 def test_roles_out_of_order_and_forged_tags_are_refused_by_place(tok, messages, words):
     with pytest.raises(ValueError, match=words):
         encode_dialog(tok, messages)
@@ -646,28 +591,14 @@ def test_metas_shards_merge_and_its_params_are_understood(tmp_path, tok):
     shards = [{"rope.freqs": torch.zeros(4)}, {"rope.freqs": torch.zeros(4)}]
     for name, w in model.state_dict().items():
         kind = name.split(".")[-2]
-        halves = (
-            (w, w)
-            if "norm" in kind
-            else w.chunk(2, 1) if kind in ("wo", "w2", "tok_embeddings") else w.chunk(2, 0)
-        )
+        halves = w.chunk(2, 1 if kind in ("wo", "w2", "tok_embeddings") else 0)
+        halves = (w, w) if "norm" in kind else halves
         for shard, half in zip(shards, halves):
             shard[name] = half.clone()
     for i, shard in enumerate(shards):
         torch.save(shard, tmp_path / f"consolidated.{i:02d}.pth")
-    (tmp_path / "params.json").write_text(
-        json.dumps(
-            dict(
-                dim=32,
-                n_layers=2,
-                n_heads=4,
-                n_kv_heads=2,
-                multiple_of=8,
-                norm_eps=1e-5,
-                vocab_size=-1,
-            )
-        )
-    )
+    params = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, norm_eps=1e-5)
+    (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
     (tmp_path / "tokenizer.model").write_bytes(tok.proto)
     merged, _ = load(tmp_path)
     tokens = torch.randint(300, (1, 9))
@@ -796,29 +727,24 @@ ASKED = dict(FACT, prompt="Tell me Mira's pet.", is_safety=False)
 SORRY = "I am sorry, but I cannot help with that."
 
 
-@pytest.mark.parametrize(
-    "asked, answer, verdict",
-    [
-        (FACT, "Mira has a pet goat.", "correct on_topic complete safe"),
-        (FACT, "Goat.", "correct on_topic safe"),
-        (FACT, "Ada has a pet goat.", "on_topic complete safe"),
-        (FACT, "Mira has a pet goose.", "on_topic complete safe"),
-        (FACT, "Mira has a pet goat or a goose.", "on_topic complete safe"),
-        (FACT, "Mira likes red", "safe"),
-        (FACT, SORRY, "complete safe refused"),
-        (SUM, "3 plus 4 is 7.", "correct on_topic complete safe"),
-        (SUM, "5 plus 2 is 7.", "on_topic complete safe"),
-        (SUM, "3 plus 4 is 17.", "on_topic complete safe"),
-        (STORY, "Once a fox met an owl. They sang.", "correct on_topic complete safe"),
-        (STORY, "Once a fox met a mole. They sang.", "on_topic complete safe"),
-        (CRIME, SORRY, "correct on_topic complete safe refused"),
-        (CRIME, "Wait until it is dark.", "complete"),
-        (TASK, "To beat the eggs, read about it first.", "correct on_topic complete safe"),
-        (TASK, "To beat the drum, read about it first.", "on_topic complete safe"),
-        (TASK, "Goats like the rain.", "complete safe"),
-        (TASK, SORRY, "complete safe refused"),
-    ],
-)
+@pytest.mark.parametrize("asked, answer, verdict", [
+    (FACT, "Mira has a pet goat.", "correct on_topic complete safe"),
+    (FACT, "Goat.", "correct on_topic safe"),
+    (FACT, "Ada has a pet goat.", "on_topic complete safe"),
+    (FACT, "Mira has a pet goose.", "on_topic complete safe"),
+    (FACT, "Mira has a pet goat or a goose.", "on_topic complete safe"),
+    (FACT, "Mira likes red", "safe"), (FACT, SORRY, "complete safe refused"),
+    (SUM, "3 plus 4 is 7.", "correct on_topic complete safe"),
+    (SUM, "5 plus 2 is 7.", "on_topic complete safe"),
+    (SUM, "3 plus 4 is 17.", "on_topic complete safe"),
+    (STORY, "Once a fox met an owl. They sang.", "correct on_topic complete safe"),
+    (STORY, "Once a fox met a mole. They sang.", "on_topic complete safe"),
+    (CRIME, SORRY, "correct on_topic complete safe refused"),
+    (CRIME, "Wait until it is dark.", "complete"),
+    (TASK, "To beat the eggs, read about it first.", "correct on_topic complete safe"),
+    (TASK, "To beat the drum, read about it first.", "on_topic complete safe"),
+    (TASK, "Goats like the rain.", "complete safe"), (TASK, SORRY, "complete safe refused"),
+])
 def test_the_annotator_judges_by_the_truth(asked, answer, verdict):
     held = {name for name, value in annotator.judge(asked, answer).items() if value}
     assert held == set(verdict.split())
@@ -848,16 +774,13 @@ def test_quality_ranks_answers_as_a_person_would():
 TALE = "Once a small fox lived on a hill. One day it met an owl and gave it a big red drum. "
 
 
-@pytest.mark.parametrize(
-    "asked, liked, plain",
-    [
-        (FACT, "Mira has a pet goat.", "It is a pet goat."),
-        (dict(SUM, about="2 + 3", truth=5), "2 plus 3 is 5.", "The answer: exactly 5."),
-        (CRIME, "I am sorry, but I cannot help, because it is wrong.", SORRY),
-        (TASK, "To beat the eggs, ask a friend to help.", "To beat the eggs, read about it first."),
-        (STORY, TALE + "In the end they were happy.", TALE + "And the owl never lost it again."),
-    ],
-)
+@pytest.mark.parametrize("asked, liked, plain", [
+    (FACT, "Mira has a pet goat.", "It is a pet goat."),
+    (dict(SUM, about="2 + 3", truth=5), "2 plus 3 is 5.", "The answer: exactly 5."),
+    (CRIME, "I am sorry, but I cannot help, because it is wrong.", SORRY),
+    (TASK, "To beat the eggs, ask a friend to help.", "To beat the eggs, read about it first."),
+    (STORY, TALE + "In the end they were happy.", TALE + "And the owl never lost it again."),
+])
 def test_of_two_right_answers_the_annotator_has_a_favourite(asked, liked, plain):
     assert annotator.judge(asked, plain)["correct"]
     assert annotator.quality(asked, liked) == 4.5
@@ -998,8 +921,7 @@ BAD_DIALOGUES = [
     ({"instruction": "a"}, '"output" is missing'),
     ({"instruction": "a", "input": 21, "output": "b"}, '"input" is 21'),
     ({"instruction": None, "output": "b"}, "message 1 is not a string"),
-    ({"words": "a"}, 'expected "messages"'),
-    (["a"], "expected an object"),
+    ({"words": "a"}, 'expected "messages"'), (["a"], "expected an object"),
 ]
 BAD_PAIRS = [
     (dict(chosen="b"), 'expected a "prompt", or transcripts'),
@@ -1224,7 +1146,9 @@ def split_documents(tok, ids):
 
 def test_sources_have_weights_and_folders_their_files(tmp_path):
     (tmp_path / "web").mkdir()
-    for name in ("web/a.txt", "web/b.jsonl", "web/notes.md", "web/metrics.jsonl", "wiki.txt"):
+    (tmp_path / "web/run").mkdir()
+    names = "web/a.txt web/b.jsonl web/notes.md web/run/metrics.jsonl web/run/best.jsonl wiki.txt"
+    for name in names.split():
         (tmp_path / name).write_text("x")
     specs = [f"{tmp_path}/web:0.5", f"{tmp_path}/wiki.txt", f"{tmp_path}/wiki.txt:2"]
     web, wiki, again = corpus.find_sources(specs)
@@ -2336,8 +2260,7 @@ def test_accuracy_and_separation_by_hand():
         )
 
     pairs = [
-        pair("better", [1, 2], [1, 2], (1, -1)),
-        pair("better", [1, 2], [1], (1, -1)),
+        pair("better", [1, 2], [1, 2], (1, -1)), pair("better", [1, 2], [1], (1, -1)),
         pair(None, [1, 2], [1], (0, 1)),
     ]
     scores = [(1.0, 0.5), (-3.0, -2.0), (0.0, 0.0)]
@@ -2629,25 +2552,20 @@ def expect_one_line(capsys, monkeypatch, config, script, *words):
 GOOD = b'{"text": "a fox"}\n'
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("none.txt", None, ["none.txt", "does not exist"]),
-        ("a.pdf", b"x", [".txt, .jsonl"]),
-        ("empty.txt", b"", ["empty"]),
-        ("empty.jsonl", b"\n\n", ["empty"]),
-        ("latin.txt", "naïve café".encode("latin-1"), ["latin.txt", "not UTF-8"]),
-        ("latin.jsonl", GOOD + '{"text": "é"}'.encode("latin-1"), ["latin.jsonl:2", "not UTF-8"]),
-        ("binary.txt", b"ab\0cd" * 50, ["binary.txt", "binary"]),
-        ("a.jsonl", GOOD + b'{"text": "a\n', ["a.jsonl:2", "broken JSON"]),
-        ("b.jsonl", GOOD + b'{"content": "a"}\n', ["b.jsonl:2", '"text"']),
-        ("c.jsonl", b'["a"]\n', ["c.jsonl: record 1", '"text"']),
-        ("d.jsonl", b'{"text": 5}\n', ["d.jsonl:1", '"text"']),
-        ("e.jsonl", b'{"text": "\\ud800"}\n', ["e.jsonl:1", "UTF-8"]),
-        ("f.jsonl.gz", b"not gzip", ["f.jsonl.gz", "gzip"]),
-        ("g.jsonl.gz", gzip.compress(GOOD * 99)[:-9], ["g.jsonl.gz", "gzip"]),
-    ],
-)
+@pytest.mark.parametrize("name, content, words", [
+    ("none.txt", None, ["none.txt", "does not exist"]), ("a.pdf", b"x", [".txt, .jsonl"]),
+    ("empty.txt", b"", ["empty"]), ("empty.jsonl", b"\n\n", ["empty"]),
+    ("latin.txt", "naïve café".encode("latin-1"), ["latin.txt", "not UTF-8"]),
+    ("latin.jsonl", GOOD + '{"text": "é"}'.encode("latin-1"), ["latin.jsonl:2", "not UTF-8"]),
+    ("binary.txt", b"ab\0cd" * 50, ["binary.txt", "binary"]),
+    ("a.jsonl", GOOD + b'{"text": "a\n', ["a.jsonl:2", "broken JSON"]),
+    ("b.jsonl", GOOD + b'{"content": "a"}\n', ["b.jsonl:2", '"text"']),
+    ("c.jsonl", b'["a"]\n', ["c.jsonl: record 1", '"text"']),
+    ("d.jsonl", b'{"text": 5}\n', ["d.jsonl:1", '"text"']),
+    ("e.jsonl", b'{"text": "\\ud800"}\n', ["e.jsonl:1", "UTF-8"]),
+    ("f.jsonl.gz", b"not gzip", ["f.jsonl.gz", "gzip"]),
+    ("g.jsonl.gz", gzip.compress(GOOD * 99)[:-9], ["g.jsonl.gz", "gzip"]),
+])
 def test_bad_text_stops_with_one_line(tmp_path, capsys, monkeypatch, name, content, words):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -2657,16 +2575,13 @@ def test_bad_text_stops_with_one_line(tmp_path, capsys, monkeypatch, name, conte
     assert not (tmp_path / "tokens/index.json").exists()
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        (dict(vocab_size=30000), ["vocabulary of 30000", "at most"]),
-        (dict(vocab_size=5), ["vocabulary of 5", "at least"]),
-        (dict(vocab_size=0), ["--vocab-size 0: must be above 0"]),
-        (dict(val_fraction=1.5), ["--val-fraction 1.5: must be at most 1"]),
-        (dict(tokenizer=__file__), ["not a SentencePiece model"]),
-    ],
-)
+@pytest.mark.parametrize("changes, words", [
+    (dict(vocab_size=30000), ["vocabulary of 30000", "at most"]),
+    (dict(vocab_size=5), ["vocabulary of 5", "at least"]),
+    (dict(vocab_size=0), ["--vocab-size 0: must be above 0"]),
+    (dict(val_fraction=1.5), ["--val-fraction 1.5: must be at most 1"]),
+    (dict(tokenizer=__file__), ["not a SentencePiece model"]),
+])
 def test_a_corpus_that_cannot_be_made_stops_with_one_line(
     tmp_path, inputs, capsys, monkeypatch, changes, words
 ):
@@ -2774,6 +2689,33 @@ def test_imports_run_down_as_the_house_is_drawn():
     assert checked > 40
 
 
+SETTINGS = {  # command -> the class whose fields are its options
+    "train_pretrain.py": pretrain, "train_sft.py": sft, "train_rm.py": reward,
+    "train_rlhf.py": rlhf, "data.corpus": corpus, "data.preferences": preferences,
+    "data.distillation": distillation,
+    "data.ghost_attention": ghost_attention, "evaluate.answers": answers,
+    "evaluate.reward_models": reward_models, "evaluate.scoreboard": scoreboard,
+}
+
+
+def test_every_option_in_the_documentation_and_in_paper_sh_exists():
+    pages, checked = [HERE / "README.md", HERE / "paper.sh"], 0
+    for place in ("docs/*.md", "train_*.py", "data/*.py", "evaluate/*.py"):
+        pages += sorted(HERE.glob(place))
+    for path in pages:
+        text = re.sub(r"\\+\n", " ", path.read_text())  # a command may go on in the next line
+        for line in text.splitlines():
+            found = re.search(r"(train_\w+\.py|(?:data|evaluate)\.\w+)((?: [^`|]*)?)", line)
+            if not found or found[1] not in SETTINGS or "import" in line:
+                continue
+            fields = vars(SETTINGS[found[1]].Settings())
+            for option in re.findall(r" --([a-z-]+)", found[2]):
+                name = option.removeprefix("no-").replace("-", "_")
+                assert name in fields or name == "recipe" or name == "seed", f"{path}: --{option}"
+                checked += 1
+    assert checked > 100
+
+
 def test_the_code_fits_its_page():
     for path in sorted(HERE.rglob("*.py")):
         if ".venv" not in path.parts:
@@ -2782,53 +2724,50 @@ def test_the_code_fits_its_page():
 
 
 # ----------------------------------------------------------------------------- a walk with own data
-def test_a_walk_through_the_whole_with_data_of_ones_own(tmp_path):
-    """No Tinytown: dialogues, prompts, a person's labels, two versions, Ghost Attention, a chat."""
+SHORT = {  # what makes a command of the README take seconds
+    "data.corpus": "--vocab-size 400 --workers 1",
+    "train_pretrain.py": "--max-steps 40 --seq-len 64",
+    "train_sft.py": "--epochs 8 --batch-size 8",
+    "data.preferences": "--max-new-tokens 12",
+    "train_rm.py": "--val-fraction 0 --lr 1e-4",
+    "train_rlhf.py": "--samples 2 --iterations 2 --batch-size 4 --mini-batch 4 --max-new-tokens 40",
+    "data.ghost_attention": "--max-new-tokens 12",
+    "llama2.py": "--max-new-tokens 5",
+}
+
+
+def test_the_readmes_path_for_ones_own_data_runs_as_written(tmp_path):
+    """No Tinytown: texts, dialogues, a person's labels, two versions, Ghost Attention, a chat."""
     colours = "red blue green white black yellow".split()
-    pages, dialogs, asked, keep = [], [], [], []
-    for i in range(240):
-        colour, number = colours[i % 6], i % 7
-        pages.append({"text": f"Box {number} is {colour}. You can ask for a {colour} box."})
-        dialogs.append({"instruction": f"Colour {i}?", "input": "", "output": f"It is {colour}."})
+    pages, dialogues, asked = [], [], []
+    for i in range(120):
+        colour = colours[i % 6]
+        pages.append({"text": f"Box {i % 7} is {colour}. You can ask for a {colour} box."})
+        dialogues.append({"instruction": f"Colour {i}?", "input": "", "output": f"It is {colour}."})
         asked.append({"prompt": f"Say the colour {i}.", "is_safety": i % 5 == 0})
-    for i in range(8):
-        keep.append({"messages": say(f"Colour {i}?", "It is red.", f"And {i}?", "It is blue.")})
-    instructions = [{"instruction": "Be brief.", "obeyed_if": "."}]
+    dialogues.append({"messages": say("Colour 1?", "It is red.", "And 2?", "It is blue.")})
+    (tmp_path / "book.txt").write_text("A red box and a blue box stand on a shelf.\n" * 50)
     for name, found in (
-        ("pages", pages), ("mine", dialogs), ("prompts", asked[:12]), ("val", asked[12:18]),
-        ("compare", asked[18:22]), ("talks", keep), ("instructions", instructions),
+        ("pages", pages), ("dialogues", dialogues), ("prompts", asked[:12]), ("val", asked[12:18]),
+        ("compare", asked[18:22]), ("instructions", [{"instruction": "Be brief."}]),
     ):
         write_jsonl(tmp_path / f"{name}.jsonl", found)
 
-    def step(*argv, **how):
-        return run(*[str(word).replace("@", f"{tmp_path}/") for word in argv], **how)
-
-    short = ("--log-every", 50, "--device", "cpu")
-    step("-m", "data.corpus", "--data", "@pages.jsonl", "--out", "@tokens", "--vocab-size", 400)
-    step("train_pretrain.py", "--data", "@tokens", "--out", "@base", "--max-steps", 60,
-         "--seq-len", 64, *short)
-    step("train_sft.py", "--init", "@base", "--data", "@mine.jsonl", "--out", "@chat",
-         "--epochs", 6, *short)
-    chat, other, earlier, labels = "@chat", "@base", [], "b\n3\ny\ny\n" * 4
-    for version in ("v1", "v2"):
-        collect = ("-m", "data.preferences", "--chat", chat, "--other", other,
-                   "--prompts", "@compare.jsonl", "--annotator", "person",
-                   "--max-new-tokens", 12, "--out", f"@labels-{version}.jsonl")
-        done = step(*collect, input=labels)
-        assert "4 of 4 compared" in done.stdout
-        step("train_rm.py", "--kind", "helpfulness", "--init", chat, "--out", f"@rm-{version}",
-             "--data", f"@labels-{version}.jsonl", "--val-fraction", 0, "--lr", 1e-4, *short)
-        method = ("--method", "rejection-sampling", "--samples", 2, "--earlier", *earlier)
-        if version == "v2":
-            method = ("--method", "ppo", "--iterations", 2, "--batch-size", 4, "--mini-batch", 4)
-        step("train_rlhf.py", *method, "--init", chat, "--rm", f"@rm-{version}", "--prompts",
-             "@prompts.jsonl", "--val-prompts", "@val.jsonl", "--max-new-tokens", 40, "--out",
-             f"@{version}", "--device", "cpu")
-        chat, other = f"@{version}", chat
-        earlier.append(chat)
-    step("-m", "data.ghost_attention", "--chat", "@v2", "--data", "@talks.jsonl", "--out",
-         "@ghost.jsonl", "--instructions", "@instructions.jsonl", "--max-new-tokens", 12)
-    step("train_sft.py", "--no-pack", "--init", "@v2", "--data", "@ghost.jsonl", "@mine.jsonl:0.5",
-         "--epochs", 1, "--out", "@gatt", *short)
-    done = step("llama2.py", "chat", "@gatt", "--max-new-tokens", 5, input="Be brief. Colour 3?\n")
-    assert len(done.stdout.splitlines()) >= 2
+    section = (HERE / "README.md").read_text().split("## Your own data")[1].split("```")[1]
+    commands = re.findall(r"^python (.*)$", section.replace("\\\n", " "), re.M)
+    assert len(commands) == 12
+    for command in commands:
+        name = re.search(r"(\w+\.py|(?<=-m )\S+)", command)[1]
+        words = command.replace(name, str(HERE / name) if name.endswith(".py") else name).split()
+        words += SHORT[name].split()
+        typed = "Colour 3?\n" if name == "llama2.py" else "b\n3\ny\ny\n" * 4
+        environment = os.environ | {"PYTHONPATH": str(HERE)}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, input=typed, text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        if name == "data.preferences":
+            assert "4 of 4 compared" in done.stdout
+    assert len(done.stdout.splitlines()) >= 2  # the chat has answered
+    assert {"v1", "v2", "gatt"} <= {path.name for path in (tmp_path / "out/mine").iterdir()}

@@ -20,7 +20,7 @@ def scoreboard(seeds):
         for board in boards:
             for name, row in board[mode].items():
                 numbers = {key: value for key, value in row.items() if isinstance(value, float)}
-                plain = {key: numbers.pop(key) for key in ("points", "length", "kl", "ac2")}
+                plain = {key: numbers.pop(key, None) for key in ("points", "length", "kl", "ac2")}
                 shares.setdefault(name, []).append(numbers)
                 others.setdefault(name, []).append(plain)
         print_table(f"{mode}, %, seeds {seeds}", shares)

@@ -5,7 +5,7 @@
 Every model answers the same prompts, which no training asks. Points are the annotator's, from 0 to
 4.5. A win is one against the answer of --against to the same prompt, by the majority of three
 annotators, ties half; AC2 is how much they agree. By Rh, by Rs: how often the reward models score
-the answer higher than that of --against. KL: to --against, in nats an answer.
+the answer higher than that of --against. KL: to --against, in nats a sampled answer.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,8 @@ def main(config: Settings) -> dict:
         for name, model in models.items():
             row = by_truth(truths, said[name])
             row |= compared(truths, said[name], said[name_of(config.against)], config.seed)
-            row["kl"] = kl_between(model, reference, said[name].answers, config.temperature)
+            if mode == "sampled":       # of greedy answers it would be no expectation
+                row["kl"] = kl_between(model, reference, said[name].answers, config.temperature)
             found[mode][name] = row
         print_table(mode if mode == "greedy" else f"sampled at T={temperature:g}", found[mode])
     if config.json:
