@@ -11,9 +11,9 @@ test: .venv/ready
 clean:
 	rm -rf out
 
-.venv/ready: requirements.txt
+.venv/ready: requirements-tested.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-tested.txt
 	touch $@
 
 .PHONY: all test clean
