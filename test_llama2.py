@@ -1516,9 +1516,10 @@ def test_gradients_are_clipped_to_a_norm_of_1_and_a_step_that_is_no_number_is_no
     assert torch.equal(model.weight, start)
 
 
-def test_a_process_without_a_share_of_a_small_batch_computes_and_weighs_nothing():
-    assert training.my_share([1, 2, 3], 1, 2) == ([2], 1.0)
-    assert training.my_share([1], 1, 2) == ([1], 0.0)
+def test_a_process_without_a_share_of_a_small_batch_weighs_nothing(monkeypatch):
+    monkeypatch.setattr(training, "rank_and_world", lambda: (1, 2))
+    assert training.share_of_batch([1, 2, 3]) == ([2], 1.0)
+    assert training.share_of_batch([1]) == ([1], 0.0)
 
 
 def test_settings_come_from_the_command_line_and_help_names_the_papers_value(capsys):
@@ -1650,7 +1651,7 @@ def test_held_out_loss_and_bits_per_byte_by_hand(inputs):
         nats -= sum(float(logprobs[t, token]) for t, token in enumerate(window[1:]))
     size = sum(len(text.encode()) for text in split_documents(tok, val))
     config = pretrain.Settings(seq_len=T, eval_tokens=10**9)
-    found = pretrain.evaluate(model, sources[0], tok, config, 0, 1)
+    found = pretrain.evaluate(model, sources[0], tok, config)
     assert found["val/stories"] == pytest.approx(nats / (len(val) - 1), rel=1e-5)
     assert found["bits/stories"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
@@ -2592,7 +2593,7 @@ def test_a_corpus_that_cannot_be_made_stops_with_one_line(
 BAD_SETTINGS = [
     *[(name, dict(lr=0.0), ["--lr 0.0: must be above 0"]) for name in STAGES],
     *[(name, dict(lr=float("nan")), ["--lr nan"]) for name in STAGES],
-    *[(name, dict(seed=-1), ["--seed -1: must be a number, 0 or more"]) for name in STAGES],
+    *[(name, dict(seed=-1), ["--seed -1: must be 0 or above 0"]) for name in STAGES],
     *[(name, dict(init="nowhere"), ["nowhere", "no checkpoint here"]) for name in STAGES],
     *[(name, dict(device="cuda"), ["--device cuda: not on this machine"]) for name in STAGES],
     *[(name, dict(device="foo"), ["--device foo: not on this machine"]) for name in STAGES],
@@ -2631,6 +2632,27 @@ def test_a_bad_setting_stops_with_one_line_and_a_finished_run_is_kept(
     bad = replace(config, overwrite=True, **changes)
     expect_one_line(capsys, monkeypatch, bad, script, *words)
     assert kept.read_bytes() == b"finished"
+
+
+@pytest.mark.parametrize("script, place, writer", [
+    (pretrain, "out/pretrain/tokens", "python -m data.corpus"),
+    (sft, "out/tinytown/dialogues.jsonl", "python -m tinytown"),
+    (reward, "out/preferences/v1.jsonl", "python -m data.preferences"),
+    (rlhf, "out/tinytown/prompts-v1.jsonl", "python -m tinytown"),
+    (preferences, "out/tinytown/compare-v1.jsonl", "python -m tinytown"),
+])
+def test_without_arguments_a_script_names_the_command_that_writes_what_is_missing(
+    tmp_path, capsys, monkeypatch, script, place, writer
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as e:
+        runs.run_script(script.main, script.Settings, {})
+    error = capsys.readouterr().err
+    assert e.value.code == 2
+    assert error.count("\n") == 1
+    assert place in error
+    assert writer in error
 
 
 def test_a_folder_that_cannot_be_written_stops_with_one_line(tmp_path, inputs, capsys, monkeypatch):

@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from common.run import check_settings, claim_file, run_script, weights_of
-from common.training import all_gather, is_main, print0, setup
+from common.training import all_gather, is_main, print0, setup, share
 from data.records import (Unusable, as_messages, assistant_says, files_of, read_instructions,
                           read_some, to_messages, write_records)
 from llama2 import RewardModel, Transformer, encode_dialog, load, respond, score, write_json
@@ -76,8 +76,8 @@ def answered(prompts, texts) -> list[list[dict]]:
 
 def main(config: Settings):
     """Write dialogues to learn from, or find them there."""
-    check_settings(config, above_0=("max_new_tokens",))
-    device, rank, world = setup(config.device)
+    check_settings(config, or_0=("temperature",))
+    device, rank, _ = setup(config.device)
     files = files_of(config.data) + files_of(config.pre_prompts)
     made_of = claim_file(config.out, config, files + weights_of(config.chat, config.rm))
     model, tok = load(config.chat, device, kind=Transformer)
@@ -97,7 +97,7 @@ def main(config: Settings):
             raise Unusable("longer than the context behind a pre-prompt")
         return messages, prefixed
 
-    pairs = read_some(config.data, parse, config.skip_bad, "prompt")[rank::world]
+    pairs = share(read_some(config.data, parse, config.skip_bad, "prompt"))
     prompts, prefixed = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     seed = config.seed + 1000 * rank
     records = all_gather(distil(model, tok, safety_model, prompts, prefixed, seed, config))

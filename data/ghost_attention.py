@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass
 
 from common.run import check_settings, claim_file, run_script, weights_of
-from common.training import all_gather, is_main, print0, setup
+from common.training import all_gather, is_main, print0, setup, share
 from data.records import files_of, read_instructions, read_some, to_messages, write_records
 from llama2 import Transformer, encode_dialog, load, respond, write_json
 
@@ -133,8 +133,8 @@ def to_learn(tok, turns, text: str, rng, config) -> list[dict]:
 
 def main(config: Settings):
     """Write dialogues to learn from, or find them there."""
-    check_settings(config, above_0=("turns", "max_new_tokens", "context", "history"))
-    device, rank, world = setup(config.device)
+    check_settings(config, or_0=("temperature", "beginnings"))
+    device, rank, _ = setup(config.device)
     files = files_of(config.data) + files_of(config.instructions) + weights_of(config.chat)
     made_of = claim_file(config.out, config, files)
     model, tok = load(config.chat, device, kind=Transformer)
@@ -151,7 +151,7 @@ def main(config: Settings):
     drawn = [combine(rng, known) for _ in users]
 
     seed = 1000 * config.seed + 100 * rank
-    done, disobeyed = sample(model, tok, users[rank::world], drawn[rank::world], seed, config)
+    done, disobeyed = sample(model, tok, share(users), share(drawn), seed, config)
     done, disobeyed = all_gather(done), sum(all_gather([disobeyed]))
     records = []
     for turns, (text, _) in zip(done, drawn):

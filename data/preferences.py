@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.run import Finished, check_settings, claim_file, run_script, weights_of
-from common.training import all_gather, is_main, print0, setup
+from common.training import all_gather, is_main, print0, setup, share
 from data.records import (RATINGS, as_messages, files_of, read_json, read_some, to_prompt,
                           write_records)
 from llama2 import Transformer, load, respond, write_json
@@ -153,8 +153,8 @@ def person_compares(pairs, path: Path):
 # -------------------------------------------------------------------------------------------- main
 def main(config: Settings):
     """Write a file of compared pairs, or find it there."""
-    check_settings(config, above_0=("max_new_tokens",), shares=("blend",))
-    device, rank, world = setup(config.device)
+    check_settings(config, or_0=("blend", "temperatures"), shares=("blend",))
+    device, rank, _ = setup(config.device)
     person = config.annotator == "person"
     # A person's labels come one by one, so the answers that they are given to have to wait.
     path = Path(f"{config.out}.pairs.jsonl") if person else Path(config.out)
@@ -163,7 +163,7 @@ def main(config: Settings):
         made_of = claim_file(path, config, files)
         variants, tok = load_variants(config, device)
         prompts = read_prompts(config, tok, variants[0].args.max_seq_len)
-        answers = collect(variants, tok, prompts[rank::world], 1000 * config.seed + rank, config)
+        answers = collect(variants, tok, share(prompts), 1000 * config.seed + rank, config)
         answers = all_gather(answers)
         if config.annotator == "tinytown":
             records = tinytown_compares(prompts, answers, config.seed)

@@ -217,7 +217,7 @@ def examine_samples(config) -> dict:
 # -------------------------------------------------------------------------------------------- main
 def main(config: Settings) -> dict:
     """One examination; prints its table, returns its figures."""
-    check_settings(config, above_0=("count", "max_new_tokens"))
+    check_settings(config, or_0=("show",))
     device, _, _ = setup(config.device)
     if config.samples:
         found = examine_samples(config)

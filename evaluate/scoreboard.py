@@ -117,7 +117,7 @@ def print_table(title: str, rows: dict[str, dict]):
 
 def main(config: Settings) -> dict:
     """Print the scoreboard; returns {"greedy" or "sampled": {model: figures}}."""
-    check_settings(config, above_0=("temperature", "max_new_tokens"))
+    check_settings(config)
     device, _, _ = setup(config.device)
     reference, tok = load(config.against, device, kind=Transformer)
     reward_models = {}
