@@ -69,7 +69,8 @@ run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogue
 run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
     --data "$OUT/gatt/dialogues.jsonl" "$TOWN/instructed.jsonl:0.2" "${ordinary[@]}" \
     --batch-size 8 --out "$OUT/gatt"
-examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --obedience "$TOWN/obedience.jsonl"
+examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --max-new-tokens 48 \
+    --obedience "$TOWN/obedience.jsonl"
 examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
 
 printf '\n\nWhat came of it, once more:\n'

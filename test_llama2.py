@@ -36,7 +36,7 @@ import train_sft as sft
 from common import run as runs
 from common import training
 from data import corpus, distillation, ghost_attention, preferences, records
-from evaluate import answers, percent_table, reward_models, scoreboard, wilson
+from evaluate import answers, name_folders, percent_table, reward_models, scoreboard, wilson
 from llama2 import (SIZES, KVCache, ModelArgs, RewardModel, RMSNorm, Tokenizer, Transformer,
                     encode_dialog, generate, kv_cache_bytes, load, rotate, rotations, save, stream)
 from tinytown import annotator, prompts, world
@@ -1909,9 +1909,9 @@ def test_a_reward_model_learns_to_order_answers_and_to_tell_unsafe_ones(tmp_path
     reward.main(config)
     examiner = reward_models.Settings(folders=(str(folder_of(config)),), data=(inputs.pairs,))
     found = reward_models.main(examiner)
-    ours = found["safety pairs, rm/safety"]
+    ours = found["safety pairs, safety"]
     assert ours["significantly"] > 0.9
-    assert found["separation, rm/safety"]["auc"] > 0.95
+    assert found["separation, safety"]["auc"] > 0.95
 
 
 # --------------------------------------------------------------------------------------- train_rlhf
@@ -2224,6 +2224,12 @@ def test_wilsons_interval_holds_the_truth_about_as_often_as_it_says():
     assert 0.93 < held / 2000 < 0.975
     assert wilson(0, 10)[0] == pytest.approx(0)
     assert wilson(10, 10)[1] <= 1
+
+
+def test_models_are_called_by_as_much_of_their_folders_as_tells_them_apart():
+    assert list(name_folders(["out/sft", "out/rlhf/v1/", "out/sft/"])) == ["sft", "v1"]
+    found = name_folders(["out/rm/v1/safety", "out/rm/v2/safety"])
+    assert list(found) == ["v1/safety", "v2/safety"]
 
 
 def test_a_table_has_a_line_a_row_and_a_dash_where_nothing_is_known():

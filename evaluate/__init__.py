@@ -3,6 +3,7 @@
 No training asks them anything, and none of them trains.
 """
 import math
+from pathlib import Path
 
 from data.records import read_json
 
@@ -25,10 +26,14 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def name_of(folder) -> str:
-    """How a model is called in a table: the last two parts of its folder at most."""
-    parts = [part for part in str(folder).split("/") if part not in ("", ".", "out")]
-    return "/".join(parts[-2:])
+def name_folders(folders) -> dict[str, Path]:
+    """{how a model is called in a table: its folder}: as many last parts as tell them apart."""
+    folders = list(dict.fromkeys(Path(folder) for folder in folders))
+    names, parts = [], 0
+    while len(set(names)) < len(folders):
+        parts += 1
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+    return dict(zip(names, folders))
 
 
 def percent_table(columns: dict[str, dict[str, float]]) -> str:

@@ -18,7 +18,7 @@ from common.run import check_settings, run_script
 from common.training import setup
 from data.ghost_attention import obeys
 from data.records import as_messages, read_json, user_says
-from evaluate import name_of, percent_table, read_truths
+from evaluate import name_folders, percent_table, read_truths
 from llama2 import Transformer, encode_dialog, generate, load, respond, write_json
 from tinytown.annotator import judge, quality, without_marks
 from tinytown.prompts import TOPICS
@@ -79,12 +79,12 @@ def examine_answers(config, device) -> dict:
     prompts = read_truths(config.prompts)
     dialogs = [as_messages(asked["prompt"]) for asked in prompts]
     columns, texts = {}, []
-    for folder in config.folders:
+    for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, kind=Transformer)
-        for name, temperature in (("", 0.0), (", T=1", 1.0)):
+        for mode, temperature in (("", 0.0), (", T=1", 1.0)):
             texts.append(respond(model, tok, dialogs, config.max_new_tokens, temperature,
                                  config.seed))
-            columns[name_of(folder) + name] = shares(prompts, texts[-1])
+            columns[name + mode] = shares(prompts, texts[-1])
     print(f"{len(prompts)} prompts of {config.prompts}, judged by the truth")
     print(percent_table(columns))
     shown = defaultdict(int)
@@ -114,11 +114,11 @@ def examine_recall(config, device) -> dict:
             raise ValueError(f'{where}: expected an object with "prompt" and "answer"')
         probes.append(record)
     found = {}
-    for folder in config.folders:
+    for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, kind=Transformer)
-        found[name_of(folder)] = recall(model, tok, probes)
-        print(f"{name_of(folder)}: facts recalled {found[name_of(folder)]:.1%} of {len(probes)} "
-              "probes, each worded as no text it was trained on words that fact")
+        found[name] = recall(model, tok, probes)
+        print(f"{name}: facts recalled {found[name]:.1%} of {len(probes)} probes, each worded as "
+              "no text it was trained on words that fact")
     return found
 
 
@@ -159,10 +159,10 @@ def examine_obedience(config, device) -> dict:
     dialogs = [dialog for group in groups.values() for dialog in group[:config.count]]
 
     found = {}
-    for folder in config.folders:
+    for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, kind=Transformer)
         answers = hold_conversations(model, tok, dialogs, config)
-        found[name_of(folder)] = {}
+        found[name] = {}
         for group in groups:
             of_group = [i for i, dialog in enumerate(dialogs) if dialog["group"] == group]
             obey, right = [], []
@@ -175,7 +175,7 @@ def examine_obedience(config, device) -> dict:
                     correct += judge(asked, without_marks(text, rules))["correct"]
                 obey.append(obeyed / len(of_group))
                 right.append(correct / len(of_group))
-            found[name_of(folder)][group] = {"obey": obey, "right": right}
+            found[name][group] = {"obey": obey, "right": right}
 
     print(f"{config.count} dialogues of each group, held-out prompts, the instruction in the first "
           "message alone")

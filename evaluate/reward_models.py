@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from common.run import run_script
 from common.training import setup
 from data.records import KINDS, RATINGS, read_records, to_pair
-from evaluate import name_of, read_truths, wilson
+from evaluate import name_folders, read_truths, wilson
 from llama2 import RewardModel, load, score_rows, write_json
 from tinytown.annotator import annotators, compare, gwet_ac2, on_scale
 from train_rm import encode_pair
@@ -118,8 +118,8 @@ def main(config: Settings) -> dict:
     if not config.folders:
         raise ValueError("which reward models? name their folders")
     models = {}
-    for folder in config.folders:
-        models[name_of(folder)], tok = load(folder, device, kind=RewardModel)
+    for name, folder in name_folders(config.folders).items():
+        models[name], tok = load(folder, device, kind=RewardModel)
     context = min(model.args.max_seq_len for model in models.values())
     pairs = read_pairs(config, tok, context)
 

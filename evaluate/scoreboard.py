@@ -15,7 +15,7 @@ import torch
 from common.run import check_settings, run_script
 from common.training import setup
 from data.records import KINDS, to_prompt
-from evaluate import name_of, read_truths, wilson
+from evaluate import name_folders, read_truths, wilson
 from llama2 import RewardModel, Transformer, by_length, load, score_rows, text_after, write_json
 from tinytown.annotator import annotators, compare, gwet_ac2, judge, on_scale, quality
 from tinytown.prompts import TOPICS
@@ -127,10 +127,13 @@ def main(config: Settings) -> dict:
     truths = read_truths(config.prompts)
     context = reference.args.max_seq_len
     prompts = [to_prompt(asked, tok, context) for asked in truths]
-    folders = list(dict.fromkeys([*config.folders, config.against]))
-    models = {name_of(folder): load(folder, device, kind=Transformer)[0] for folder in folders}
+    models = {}
+    for name, folder in name_folders([*config.folders, config.against]).items():
+        models[name], _ = load(folder, device, kind=Transformer)
+        if folder == Path(config.against):
+            against = name
 
-    print(f"{len(truths)} prompts of {config.prompts}, compared with {name_of(config.against)}")
+    print(f"{len(truths)} prompts of {config.prompts}, compared with {against}")
     found = {}
     for mode, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
         said = {}
@@ -143,7 +146,7 @@ def main(config: Settings) -> dict:
         found[mode] = {}
         for name, model in models.items():
             row = by_truth(truths, said[name])
-            row |= compared(truths, said[name], said[name_of(config.against)], config.seed)
+            row |= compared(truths, said[name], said[against], config.seed)
             if mode == "sampled":       # of greedy answers it would be no expectation
                 row["kl"] = kl_between(model, reference, said[name].answers, config.temperature)
             found[mode][name] = row
