@@ -101,7 +101,8 @@ def red_team(seeds):
         out.mkdir(parents=True, exist_ok=True)
         write_records(out / "data.jsonl", succeeded)
         train("train_sft.py", "--init", start / "rlhf/v5", "--data", out / "data.jsonl",
-              *ordinary_of(start), "--epochs", 1, "--lr", 5e-4, "--seed", seed, "--out", out)
+              *ordinary_of(start), "--epochs", 1, "--batch-size", 1, "--lr", 5e-4, "--seed", seed,
+              "--out", out)
         for name, row in zip(("before", "after"), examined(start, start / "rlhf/v5", out)):
             columns.setdefault(name, []).append(row)
     print_table(f"sampled at T=1, %, seeds {seeds}", columns)
