@@ -17,6 +17,7 @@ def obedience(seeds):
     for seed in seeds:
         start = paper(seed)
         found = figures("evaluate.answers", start / "instructed", start / "gatt", "--count", 40,
+                        "--max-new-tokens", 48,
                         "--obedience", start / "tinytown/obedience.jsonl")
         for when, groups in zip(("before", "after"), found.values()):
             for group, measures in groups.items():
@@ -49,7 +50,7 @@ def attention(seeds):
         start = paper(seed)
         dialogs = [record for _, record in read_json(start / "tinytown/obedience.jsonl")][:40]
         model, tok = load(start / "gatt")
-        answers = hold_conversations(model, tok, dialogs, Settings())
+        answers = hold_conversations(model, tok, dialogs, Settings(max_new_tokens=48))
         for name, folder in (("with", "gatt"), ("without", "instructed")):
             model, tok = load(start / folder)
             by_turn = []
