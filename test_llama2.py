@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1328,6 +1328,11 @@ def test_a_person_can_be_the_annotator_and_go_on_later(tmp_path, inputs, monkeyp
     assert [record["prompt"] for record in found] == ["p0", "p1", "p2"]
     assert [record["kind"] for record in found] == ["safety", "helpfulness", "helpfulness"]
     assert "3 of 3 compared" in capsys.readouterr().out
+    mine_too = write_jsonl(tmp_path / "mine-too.jsonl", [dict(prompt="a label from elsewhere")])
+    before = mine_too.read_bytes()
+    with pytest.raises(ValueError, match="mine-too.jsonl exists, and holds no labels"):
+        preferences.main(replace(config, out=str(mine_too)))
+    assert mine_too.read_bytes() == before
     other = write_jsonl(tmp_path / "other.jsonl", [dict(prompt="new")])
     with pytest.raises(ValueError, match="begun with other settings: prompts was"):
         preferences.main(replace(config, prompts=(str(other),)))

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from common.run import check_settings, claim_file, run_script, weights_of
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import (Unusable, as_messages, assistant_says, files_of, read_instructions,
-                          read_some, to_messages, write_records)
-from llama2 import RewardModel, Transformer, encode_dialog, load, respond, score, write_json
+                          read_some, to_messages, write_made)
+from llama2 import RewardModel, Transformer, encode_dialog, load, respond, score
 
 
 @dataclass
@@ -108,8 +108,7 @@ def main(config: Settings):
                          "nothing to learn")
     learned = [record for record in records if record["messages"][-1]["content"]]
     if is_main():
-        write_records(config.out, learned)
-        write_json(f"{config.out}.made-of.json", made_of)
+        write_made(config.out, learned, made_of)
     rest = "the plain ones stand elsewhere" if config.gate else "all distilled ones are learned"
     print0(f"{len(records):,} prompts answered behind a pre-prompt and without: the safety model "
            f"prefers the former for {counts[True]:,}; {rest}; {config.out}")

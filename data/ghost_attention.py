@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 from common.run import check_settings, claim_file, run_script, weights_of
 from common.training import all_gather, is_main, print0, setup, share
-from data.records import files_of, read_instructions, read_some, to_messages, write_records
-from llama2 import Transformer, encode_dialog, load, respond, write_json
+from data.records import files_of, read_instructions, read_some, to_messages, write_made
+from llama2 import Transformer, encode_dialog, load, respond
 
 
 @dataclass
@@ -162,8 +162,7 @@ def main(config: Settings):
     figures = {"sampled": sum(len(questions) for questions in users), "disobeyed": disobeyed,
                "records": len(records)}
     if is_main():
-        write_records(config.out, records)
-        write_json(f"{config.out}.made-of.json", made_of | {"figures": figures})
+        write_made(config.out, records, made_of | {"figures": figures})
     print0(f"{figures['sampled']:,} answers sampled under instructions, {disobeyed:,} thrown away "
            f"for disobeying; {len(records):,} dialogues to learn from in {config.out}")
 

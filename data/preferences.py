@@ -22,8 +22,8 @@ from typing import Literal
 from common.run import Finished, check_settings, claim_file, run_script, weights_of
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import (RATINGS, as_messages, files_of, read_json, read_some, to_prompt,
-                          write_records)
-from llama2 import Transformer, load, respond, write_json
+                          write_made, write_records)
+from llama2 import Transformer, load, respond
 
 
 @dataclass
@@ -159,6 +159,9 @@ def main(config: Settings):
     # A person's labels come one by one, so the answers that they are given to have to wait.
     path = Path(f"{config.out}.pairs.jsonl") if person else Path(config.out)
     files = files_of(config.prompts) + weights_of(config.chat, config.other)
+    if Path(config.out).exists() and not path.exists() and not config.overwrite:
+        raise ValueError(f"{config.out} exists, and holds no labels of this run: choose another "
+                         "--out, or --overwrite it")
     try:
         made_of = claim_file(path, config, files)
         variants, tok = load_variants(config, device)
@@ -172,8 +175,7 @@ def main(config: Settings):
         if is_main():
             if person:      # --overwrite: labels of other answers go with them
                 Path(config.out).unlink(missing_ok=True)
-            write_records(path, records)
-            write_json(f"{path}.made-of.json", made_of)
+            write_made(path, records, made_of)
         print0(f"{len(records):,} pairs in {path}")
     except Finished:
         if not person:
