@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 from dataclasses import replace
@@ -2024,9 +2025,8 @@ def ppo_models(tok, judges, **changes):
     config = rlhf.Settings(method="ppo", batch_size=12, mini_batch=12, **RLHF | changes)
     policy = make_model(vocab_size=tok.vocab_size)
     models = rlhf.load_reward_models(judges, policy, tok, "cpu")
-    folder = SimpleNamespace(state=None, rank=0, world=1, begin=lambda *_: 0)
-    learner, _, _ = rlhf.begin_ppo(policy, models, config, folder)
-    folder.count_step = lambda *_: None
+    folder = runs.Run(tempfile.mkdtemp(), config)
+    learner, _ = rlhf.begin_ppo(policy, models, config, folder)
     asked = prompts.preference_prompts(world.town(1), 12)
     return config, learner, models, [records.to_prompt(one, tok, 64) for one in asked], folder
 
@@ -2105,7 +2105,6 @@ def test_ppo_finds_the_token_that_is_rewarded(tok, judges, monkeypatch):
     config = replace(config, batch_size=48, mini_batch=16, lr=3e-3, value_lr=3e-3, beta=0.01)
     policy = learner.policy
     torch.nn.init.normal_(policy.output.weight, std=0.02)
-    folder.log = folder.save = lambda *_, **__: None
 
     def share():
         found = rlhf.generate_answers(policy, tok, asked * 20, 1.0, 5, config)
@@ -2128,7 +2127,6 @@ def test_ppo_stops_when_held_out_prompts_gain_nothing_and_keeps_the_best(tok, ju
     config, learner, models, asked, folder = ppo_models(
         tok, judges, iterations=9, patience=2, lr=1e-3, eval_every=1
     )
-    folder.log = folder.save = lambda *_, **__: None
     policy = learner.policy
     assert rlhf.ppo(policy, tok, models, asked, asked, config, folder) == {"val_reward": 3.0}
     assert len(seen) == 4
