@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,9 +421,24 @@ def test_text_that_is_no_text_is_a_value_error(tok):
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
-    (tmp_path / "t.model").write_bytes(b"nonsense")
+    path = tmp_path / "t.model"
+    path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        Tokenizer(tmp_path / "t.model")
+        Tokenizer(path)
+    with open(path, "wb") as file:
+        llama2.sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c d"] * 9), model_writer=file, vocab_size=12,
+            model_type="bpe", minloglevel=2,
+        )
+    with pytest.raises(ValueError, match="no piece for a space or none for bytes"):
+        Tokenizer(path)
+
+
+@pytest.mark.parametrize("text", ["ACGTTGCA" * 200_000, "日本語" * 9000, "a\u2028b" * 500])
+def test_a_tokenizer_of_texts_without_spaces_or_of_one_long_line_brings_spaces_back(tmp_path, text):
+    Tokenizer.train([text], 265, tmp_path / "t.model")
+    tok = Tokenizer(tmp_path / "t.model")
+    assert tok.decode(tok.encode("a b  c\n d")) == "a b  c\n d"
 
 
 # ------------------------------------------------------------------------------------- chat format
@@ -550,8 +566,34 @@ def test_bad_prompts_and_settings_are_errors():
         generate(model, [[1], [1] * 65], 5)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         generate(model, [[]], 5)
-    with pytest.raises(ValueError, match="top_p=0"):
-        generate(model, [[1]], 5, top_p=0)
+    for wrong, words in (
+        (dict(top_p=0), "top_p=0"), (dict(top_p=float("nan")), "top_p=nan"),
+        (dict(temperature=1e-40), "temperature=1e-40"), (dict(temperature=-1), "temperature=-1"),
+        (dict(temperature=float("nan")), "temperature=nan"), (dict(max_new_tokens=-1), "tokens=-1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate(model, [[1]], **dict(max_new_tokens=5) | wrong)
+    model.norm.weight.data.fill_(float("nan"))
+    for temperature in (0, 1):
+        with pytest.raises(ValueError, match="logits are no numbers: its weights are damaged"):
+            generate(model, [[1]], 5, temperature)
+
+
+def test_an_answer_depends_on_its_prompt_and_place_and_not_on_the_size_of_a_batch(monkeypatch):
+    model = make_model()
+    whole = generate(model, PROMPTS * 3, 12, seed=4)
+    monkeypatch.setattr(llama2, "rows_at_once", lambda *_: 5)
+    assert generate(model, PROMPTS * 3, 12, seed=4) == whole
+    assert whole[:4] != whole[4:8]
+
+
+def test_fewer_rows_of_a_larger_model_or_of_longer_texts_go_into_a_batch():
+    with torch.device("meta"):
+        tiny, large = (Transformer(ModelArgs(**SIZES[size])) for size in ("tiny", "7B"))
+    assert llama2.rows_at_once(tiny, [[1] * 100], 90) == 256
+    at_once = [llama2.rows_at_once(large, [[1] * n]) for n in (10, 100, 1000, 100_000)]
+    assert at_once == sorted(at_once, reverse=True)
+    assert at_once[0] > at_once[1] > at_once[3] == 1
 
 
 def test_streamed_text_is_generated_text(tok):
@@ -597,13 +639,65 @@ def test_metas_shards_merge_and_its_params_are_understood(tmp_path, tok):
         for shard, half in zip(shards, halves):
             shard[name] = half.clone()
     for i, shard in enumerate(shards):
-        torch.save(shard, tmp_path / f"consolidated.{i:02d}.pth")
+        torch.save(shard, tmp_path / f"consolidated.{i + 9}.pth")  # 9 comes before 10
     params = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, norm_eps=1e-5)
     (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
     (tmp_path / "tokenizer.model").write_bytes(tok.proto)
     merged, _ = load(tmp_path)
     tokens = torch.randint(300, (1, 9))
     assert torch.equal(merged(tokens), model(tokens))
+
+
+def spoil(folder, tok, how):
+    """A checkpoint folder, spoilt in one way."""
+    model = make_model(vocab_size=tok.vocab_size)
+    save(folder, model, tok)
+    weights, params = folder / "consolidated.00.pth", folder / "params.json"
+    settings, state = json.loads(params.read_text()), model.state_dict()
+    if how == "LFS pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    elif how == "a web page":
+        weights.write_text("<!DOCTYPE html><html>")
+    elif how == "cut short":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif how == "a dict around":
+        torch.save({"model": state}, weights)
+    elif how == "a list":
+        torch.save(list(state.values()), weights)
+    elif how == "whole numbers":
+        torch.save({name: w.long() for name, w in state.items()}, weights)
+    elif how == "one missing":
+        del state["norm.weight"]
+        torch.save(state, weights)
+    elif how == "params a list":
+        params.write_text("[1]")
+    elif how == "params cut":
+        params.write_text('{"dim": 32')
+    elif how == "tokenizer":
+        (folder / "tokenizer.model").write_bytes(tok.proto[:1000])
+    else:
+        params.write_text(json.dumps(settings | how))
+
+
+@pytest.mark.parametrize("how, words", [
+    ("LFS pointer", "these are no weights .*: no file of tensors alone"),
+    ("a web page", "these are no weights .*: no file of tensors alone"),
+    ("cut short", "these are no weights"), ("a dict around", "these are no weights"),
+    ("a list", "these are no weights"), ("whole numbers", "these are no weights"),
+    ("one missing", 'Missing key.*norm.weight'), ("params a list", "expected one JSON object"),
+    ("params cut", "params.json: broken JSON"), ("tokenizer", "not a SentencePiece model"),
+    ({"norm_eps": "1e-5"}, "norm_eps='1e-5'"), ({"vocab_size": 99}, "they belong to two models"),
+    ({"n_layers": None}, "n_layers=None"), ({"rope_theta": float("nan")}, "rope_theta=nan"),
+])
+def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, tok, how, words, capsys):
+    spoil(tmp_path, tok, how)
+    with pytest.raises(ValueError, match=words) as e:
+        load(tmp_path)
+    assert str(tmp_path) in str(e.value)
+    assert "weights_only" not in str(e.value)
+    with pytest.raises(SystemExit) as exit_:
+        llama2.main(["complete", str(tmp_path), "a"])
+    assert (exit_.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
 
 
 def test_broken_checkpoints_are_refused_in_words(tmp_path, tok):
@@ -870,7 +964,7 @@ def test_attacks_ask_for_crimes_in_five_ways_and_held_out_wordings_are_other_one
                     asked = prompts.attack(rng, residents, how, topic, held_out)
                     messages = asked["prompt"]
                     assert asked["about"] in messages[-1]["content"]
-                    assert records.as_messages(messages) is messages
+                    assert records.as_messages(messages) == messages
                     assert (messages[0]["role"] == "system") is (how == "system prompt")
                     assert (len(messages) > 2) is (how == "lead-up")
                     frame = messages[-1]["content"].replace(asked["about"], "{q}")
@@ -893,6 +987,12 @@ def test_every_dialogue_format_becomes_the_same_messages():
         assert records.to_messages(record | {"system": "Be brief."}) == brief
         whole = say("How many legs?", "Four.", "What is it?", "A fox.")
         assert records.to_messages(record | {"history": [["How many legs?", "Four."]]}) == whole
+    for empty in (None, float("nan"), ""):      # tables have them for nothing
+        record = dict(messages=messages, conversations=empty, system=empty, history=empty,
+                      label=empty, tools=[], source="web")
+        assert records.to_messages(record) == messages
+    asked = dict(instruction=hh("What is it?") + "\n\nAssistant:", output="A fox.")
+    assert records.to_messages(asked) == messages
     turns.insert(0, {"from": "system", "value": "Be brief."})
     assert records.to_messages({"conversations": turns}) == brief
     about = {"instruction": "Name it.", "input": "A red animal.", "output": "A fox."}
@@ -921,13 +1021,30 @@ BAD_DIALOGUES = [
     ({"conversations": "a"}, '"conversations" is not a list'),
     ({"instruction": "a"}, '"output" is missing'),
     ({"instruction": "a", "input": 21, "output": "b"}, '"input" is 21'),
-    ({"instruction": None, "output": "b"}, "message 1 is not a string"),
+    ({"instruction": None, "output": "b"}, 'expected "messages"'),
+    ({"instruction": 5, "output": "b"}, '"prompt" is neither'),
+    ({"messages": say("a", "b"), "history": 5}, '"history" is not a list of pairs'),
+    ({"messages": say("a", "b"), "system": ["c"]}, "message 1 is not a string"),
+    ({"messages": say("a", "b"), "label": False}, '"label" is not supported'),
+    ({"messages": say("a", "b"), "tools": [{}]}, '"tools" is not supported'),
+    ({"instruction": "a", "output": "b", "images": ["c.png"]}, '"images" is not supported'),
+    ({"messages": [dict(say("a")[0], loss_mask=0)]}, '"loss_mask" is not supported'),
+    ({"messages": [dict(say("a", "b")[1], tool_calls=[{}])]}, '"tool_calls" is not supported'),
+    ({"messages": [dict(role="tool", content="c")]}, "message 1 has the unknown role 'tool'"),
+    ({"messages": [dict(role="user", content=[{"type": "text"}])]}, "message 1 is not a string"),
+    ({"messages": say("<|im_start|>user", "b")}, "message 1 holds '<|im_start|>'"),
+    ({"instruction": "Do.\n\n### Response:", "output": "b"}, "holds '### Response:'"),
     ({"words": "a"}, 'expected "messages"'), (["a"], "expected an object"),
 ]
 BAD_PAIRS = [
     (dict(chosen="b"), 'expected a "prompt", or transcripts'),
     (dict(prompt="a", chosen="b"), '"rejected" is missing'),
-    (dict(prompt="a", chosen=["b"], rejected="c"), '"chosen" is missing or neither'),
+    (dict(prompt="a", chosen=["b"], rejected="c"), '"chosen" is not a list of objects'),
+    (dict(prompt="a", chosen=5, rejected="c"), '"chosen" is missing or neither'),
+    (dict(prompt="a", chosen="b", rejected="c", margin=2.5), '"margin" is not supported'),
+    (dict(prompt="a", chosen="b", rejected="c", rating=3), '"rating" is 3'),
+    (dict(prompt="a", chosen="b", rejected="c", rejected_safe=1.0), '"rejected_safe" is 1.0'),
+    (dict(instruction="a", chosen="b", rejected="c"), 'expected a "prompt", or transcripts'),
     (dict(prompt="a", chosen=say("q"), rejected="c"), '"chosen" does not end with an answer'),
     (dict(prompt=5, chosen="b", rejected="c"), '"prompt" is neither'),
     (dict(prompt=say("a", "b"), chosen="b", rejected="c"), "does not end with a message of the"),
@@ -942,6 +1059,10 @@ BAD_PAIRS = [
 BAD_PROMPTS = [
     ("p", 'expected an object with a "prompt"'),
     (dict(prompt="p", is_safety="yes"), "\"is_safety\" is 'yes'"),
+    (dict(prompt="p", is_safety=1), '"is_safety" is 1'),
+    (dict(prompt=None), '"prompt" is neither'),
+    (dict(prompt="p", images=["c.png"]), '"images" is not supported'),
+    (dict(prompt="p", history=[["q", None]]), "message 2 is not a string"),
     (dict(prompt=[dict(role="assistant", content="p")]), "does not end with a message"),
     (dict(prompt="[INST] p"), "part of the chat format"),
 ]
@@ -980,7 +1101,7 @@ def test_a_bad_record_is_named_by_its_line_or_skipped(tmp_path, tok, what, good,
 
     def read(skip_bad):
         if what == "instruction":
-            return records.read_instructions([path], tok, skip_bad), {"bad records": 1}
+            return records.read_instructions([path], tok, skip_bad), {words: 1}
         return records.read_records([path], parser_of(what, tok), skip_bad)
 
     with pytest.raises(ValueError) as e:
@@ -988,7 +1109,7 @@ def test_a_bad_record_is_named_by_its_line_or_skipped(tmp_path, tok, what, good,
     assert f"{path}:2: " in str(e.value)
     assert words in str(e.value)
     found, left_out = read(skip_bad=True)
-    assert (len(found), left_out) == (2, {"bad records": 1})
+    assert (len(found), list(left_out.values())) == (2, [1])
 
 
 def test_records_come_a_line_each_or_in_one_array_whatever_the_name_says(tmp_path):
@@ -997,11 +1118,14 @@ def test_records_come_a_line_each_or_in_one_array_whatever_the_name_says(tmp_pat
     array = json.dumps(found).encode()
     for name, content in (
         ("l.jsonl", lines), ("l.json", lines), ("a.json", array), ("a.jsonl", b"\n " + array),
+        ("b.json", b"\xef\xbb\xbf" + array),
         ("bom.jsonl", b"\xef\xbb\xbf" + lines), ("crlf.jsonl", lines.replace(b"\n", b"\r\n\r\n")),
         ("l.jsonl.gz", gzip.compress(lines)),
     ):
         (tmp_path / name).write_bytes(content)
         assert [record for _, record in records.read_json(tmp_path / name)] == found
+    with pytest.raises(ValueError, match="bom.jsonl:1: expected an object with .* 'prompt' is"):
+        list(records.read_objects(tmp_path / "bom.jsonl", prompt=str))
     where = [where for where, _ in records.read_json(tmp_path / "a.json")]
     assert where == [f"{tmp_path}/a.json: record 1", f"{tmp_path}/a.json: record 2"]
 
@@ -1016,7 +1140,8 @@ def test_a_line_that_is_no_json_text_is_an_error_with_its_place_or_is_skipped(tm
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: (broken JSON|not UTF-8)"):
         records.read_records([path], lambda record: record)
     found, left_out = records.read_records([path], lambda record: record, skip_bad=True)
-    assert (found, left_out) == ([{"a": 1}, {"a": 2}], {"bad records": 1})
+    assert found == [{"a": 1}, {"a": 2}]
+    assert list(left_out) in (["broken JSON"], ["not UTF-N text"])
 
 
 def test_a_weight_says_how_often_a_file_is_seen(tmp_path):
@@ -1060,6 +1185,14 @@ def test_every_preference_format_becomes_the_same_pair():
         dict(chosen=before + answers_[:1], rejected=before + answers_[1:]),
         dict(prompt="c", chosen=before + answers_[:1], rejected=before + answers_[1:], score=3),
         dict(prompt=before, chosen=answers_[:1], rejected=answers_[1:]),
+        dict(prompt=before, chosen=answers_[0], rejected=answers_[1], rating=None, kind=""),
+        dict(prompt="c", history=[["a", "b"]], chosen=good, rejected=bad, chosen_safe=None),
+        dict(prompt=hh("a", "b", "c"), chosen=good, rejected=bad, rating=float("nan")),
+        dict(prompt="c", chosen=hh("a", "b", "c", good), rejected=hh("a", "b", "c", bad)),
+        dict(
+            conversations=[{"from": ("human", "gpt")[i % 2], "value": "abc"[i]} for i in range(3)],
+            chosen={"from": "gpt", "value": good}, rejected={"from": "gpt", "value": bad},
+        ),
     ):
         pair = records.to_pair(record)
         assert (pair.messages, pair.chosen, pair.rejected) == (before, good, bad)
@@ -1098,6 +1231,21 @@ def test_pairs_that_teach_nothing_are_counted_and_left_out(tmp_path, tok):
     found, left_out = records.read_records([path], parse)
     assert len(found) == 1
     assert sum(left_out.values()) == len(ODD)
+
+
+def test_what_stands_beside_a_prompt_is_asked_too(tok):
+    whole = say("a", "b", "c", system="Be brief.")
+    for record in (
+        dict(prompt=whole, is_safety=None, label="an answer that is known"),
+        dict(prompt="c", system="Be brief.", history=[["a", "b"]]),
+        dict(prompt=hh("a", "b", "c"), system="Be brief."),
+    ):
+        prompt = records.to_prompt(record, tok, 200)
+        assert prompt.tokens == encode_dialog(tok, whole)[0]
+        assert records.as_messages(records.to_prompt(dict(prompt=prompt.text), tok, 200).text)
+        assert prompt.is_safety is False
+    alone = records.to_prompt(dict(prompt="c", system=None), tok, 200)
+    assert alone.text == "c"
 
 
 def test_prompts_without_room_for_an_answer_are_counted_and_none_left_is_an_error(
@@ -1214,8 +1362,65 @@ def test_tokens_are_reused_until_the_text_changes_and_a_weight_changes_none(tmp_
     assert shard.stat().st_mtime_ns == before
     assert index["sources"][0]["weight"] == 3
     write_jsonl(path, town["stories"][100:200])
-    prepared(tmp_path / "out", path)
+    with pytest.raises(ValueError, match="holds tokens of another text"):
+        prepared(tmp_path / "out", path)
+    good = path.read_text()
+    for torn, words in ((good + '{"te', "s.jsonl:101: broken JSON"), ("", "empty")):
+        path.write_text(torn)
+        with pytest.raises(ValueError, match=words):
+            prepared(tmp_path / "out", path, overwrite=True)
+        assert shard.stat().st_mtime_ns == before       # nothing makes way for what fails
+    path.write_text(good)
+    prepared(tmp_path / "out", path, overwrite=True)
     assert shard.stat().st_mtime_ns != before
+
+
+def test_lines_and_files_that_cannot_be_read_are_left_out_on_demand_and_counted(
+    tmp_path, town, capsys
+):
+    texts = [record["text"] for record in town["stories"][:60]]
+    lines = [json.dumps({"text": text}).encode() for text in texts]
+    lines[7:7] = [b'{"text": "a', '{"text": "é"}'.encode("latin-1"), b'{"content": "a"}', b"[]"]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.txt").write_bytes("one\n\ncafé".encode("latin-1"))
+    with pytest.raises(ValueError, match="a.jsonl:8: broken JSON"):
+        prepared(tmp_path / "out", tmp_path)
+    with pytest.raises(ValueError, match="b.txt: line 3 is not UTF-8"):
+        prepared(tmp_path / "out", tmp_path / "b.txt")
+    _, tok, ids = prepared(tmp_path / "out", tmp_path, skip_bad=True)
+    (train, val) = ids.values()
+    assert sorted(split_documents(tok, train + val)) == sorted(texts)
+    assert "'broken JSON': 1, 'not UTF-N text': 1" in capsys.readouterr().out
+
+
+def test_two_copies_of_a_text_fall_on_one_side_whatever_they_are_called(tmp_path, town):
+    for i, record in enumerate(town["stories"][:80]):
+        for name in ("a", "b"):
+            (tmp_path / f"{name}{i}.txt").write_text(record["text"])
+    _, tok, ids = prepared(tmp_path / "out", tmp_path)
+    train, val = (set(split_documents(tok, part)) for part in ids.values())
+    assert len(val) > 3
+    assert not train & val
+
+
+def test_searching_for_personal_details_takes_no_longer_on_odd_texts():
+    """To the square of the length it would take hours."""
+    for part in ("a", "1", "A", "1 ", "1 A", "a@", "a.", "@", "1-", "(", "she"):
+        piece = records.Piece((part * 400_000)[:400_000], "", True, "", 0, 400_000)
+        details, _ = corpus.examine(piece)
+        assert details["e-mail"] <= 1
+    found = corpus.PERSONAL["e-mail"].findall("to ada.b+c@mail.example, x@y.z; @no a@b")
+    assert found == ["ada.b+c@mail.example", "x@y.z"]
+
+
+def die(piece):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_command_in_one_line(tmp_path, inputs, monkeypatch):
+    monkeypatch.setattr(corpus, "examine", die)
+    with pytest.raises(ValueError, match="a process that searches or encodes was killed"):
+        prepared(tmp_path / "out", inputs.text)
 
 
 def test_ten_times_the_text_takes_no_more_memory_to_prepare(tmp_path, town, monkeypatch):
@@ -2024,7 +2229,7 @@ def test_logprobs_and_values_stand_where_the_drawing_says():
 def ppo_models(tok, judges, **changes):
     config = rlhf.Settings(method="ppo", batch_size=12, mini_batch=12, **RLHF | changes)
     policy = make_model(vocab_size=tok.vocab_size)
-    models = rlhf.load_reward_models(judges, policy, tok, "cpu")
+    models = rlhf.load_reward_models(judges, policy, tok, "cpu", "policy")
     folder = runs.Run(tempfile.mkdtemp(), config)
     learner, _ = rlhf.begin_ppo(policy, models, config, folder)
     asked = prompts.preference_prompts(world.town(1), 12)
@@ -2139,7 +2344,7 @@ def test_the_best_finished_answer_of_each_prompt_is_kept(tok, judges):
     """By slow loops: of K answers that of the highest reward, none that was cut off."""
     policy = make_model(vocab_size=tok.vocab_size)
     policy.output.weight.data[tok.eos_id] *= 3
-    models = rlhf.load_reward_models(judges, policy, tok, "cpu")
+    models = rlhf.load_reward_models(judges, policy, tok, "cpu", "policy")
     asked = prompts.preference_prompts(world.town(1), 10)
     asked = [records.to_prompt(one, tok, 64) for one in asked]
     config = rlhf.Settings(**RLHF | dict(samples=8, max_new_tokens=20))
@@ -2170,7 +2375,7 @@ def test_the_best_finished_answer_of_each_prompt_is_kept(tok, judges):
 
 
 def test_the_pool_keeps_the_best_of_all_versions(tok, judges):
-    models = rlhf.load_reward_models(judges, make_model(vocab_size=tok.vocab_size), tok, "cpu")
+    models = rlhf.load_reward_models(judges, make_model(vocab_size=tok.vocab_size), tok, "cpu", "x")
 
     def answer(text, *tokens):
         return records.Answer(records.Prompt(text, False, [1, 5]), [*tokens, 2], True)
@@ -2204,14 +2409,14 @@ def test_reward_models_have_to_fit_the_policy(tmp_path, tok, letters, judges, ca
     policy = make_model(vocab_size=tok.vocab_size)
     other = RewardModel(replace(ARGS, vocab_size=letters.vocab_size))
     save(tmp_path / "other/helpfulness", other, letters)
-    with pytest.raises(ValueError, match="other/helpfulness: has another tokenizer"):
-        rlhf.load_reward_models(tmp_path / "other", policy, tok, "cpu")
+    with pytest.raises(ValueError, match="other/helpfulness has another tokenizer than policy"):
+        rlhf.load_reward_models(tmp_path / "other", policy, tok, "cpu", "policy")
     policy.args = replace(policy.args, max_seq_len=257)
     with pytest.raises(ValueError, match="reads 256 tokens at most"):
-        rlhf.load_reward_models(judges, policy, tok, "cpu")
+        rlhf.load_reward_models(judges, policy, tok, "cpu", "policy")
     save(tmp_path / "alone/helpfulness", make_reward_model(tok), tok)
     policy.args = replace(policy.args, max_seq_len=64)
-    models = rlhf.load_reward_models(tmp_path / "alone", policy, tok, "cpu")
+    models = rlhf.load_reward_models(tmp_path / "alone", policy, tok, "cpu", "policy")
     assert list(models) == ["helpfulness"]
     assert "the helpfulness model alone gives the rewards" in capsys.readouterr().out
     found = rlhf.score(models, [answer_of([1, 5, 6, 2], 2, is_safety=True)])
@@ -2339,6 +2544,54 @@ def test_models_and_ppos_samples_are_examined_by_the_truth(tmp_path, inputs, bas
         answers.main(replace(config, prompts=held_out))
 
 
+@pytest.mark.parametrize("option, line, words", [
+    ("prompts", '{"prompt": "a"}', "expected an object with"),
+    ("prompts", '{"prompt": "a", "topic": "fact"}', "expected a prompt of Tinytown"),
+    ("prompts", '{"prompt": "a", "topic": "news", "truth": 1}', "expected a prompt of Tinytown"),
+    ("prompts", "{", "broken JSON"), ("probes", '{"prompt": 5, "answer": "a"}', "'prompt' is mis"),
+    ("probes", '["a"]', "expected an object"), ("probes", '{"prompt": "a', "broken JSON"),
+    ("obedience", '{"group": "a"}', "expected an object with"),
+    ("obedience", '{"group": "a", "instruction": "b", "prompts": [], "rules": []}', "needs 20"),
+    ("samples", '{"prompt": "a", "answer": "b"}', "expected an object with"),
+    ("samples", "[[", "broken JSON"),
+])
+def test_a_file_to_examine_by_that_does_not_fit_is_named_with_its_line(
+    tmp_path, base, inputs, capsys, monkeypatch, option, line, words
+):
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n" + line + "\n")
+    files = {"prompts": inputs.val_prompts, option: str(path)}
+    config = answers.Settings(folders=(str(base),), device="cpu", **files)
+    place = "f.jsonl:2" if line[0] != "[" else "f.jsonl"
+    expect_one_line(capsys, monkeypatch, config, answers, place, words)
+
+
+def test_models_that_are_examined_or_joined_must_read_the_same_tokens(
+    tmp_path, inputs, letters, capsys, monkeypatch
+):
+    other = tmp_path / "other"
+    save(other, make_model(vocab_size=letters.vocab_size), letters)
+    save(tmp_path / "rm/safety", make_reward_model(letters), letters)
+    save(tmp_path / "rm/helpfulness", make_reward_model(letters), letters)
+    held_out = write_jsonl(tmp_path / "h.jsonl", [ASKED])
+    words = "has another tokenizer than"
+    one, pre = Path(inputs.judges) / "safety", write_jsonl(tmp_path / "i.jsonl", [FOX])
+    for script, settings in (
+        (scoreboard, dict(folders=[other], against=inputs.base, rm=inputs.judges)),
+        (scoreboard, dict(folders=[inputs.base], against=inputs.base, rm=tmp_path / "rm")),
+        (reward_models, dict(folders=[one, tmp_path / "rm/safety"], data=[inputs.pairs])),
+        (preferences, dict(chat=inputs.base, other=other, prompts=[inputs.prompts])),
+        (distillation, dict(chat=inputs.base, rm=tmp_path / "rm/safety", pre_prompts=[pre])),
+    ):
+        more = dict(prompts=held_out) if script is scoreboard else {}
+        more |= dict(out=tmp_path / "o.jsonl") if hasattr(script.Settings, "out") else {}
+        more |= dict(data=[inputs.prompts]) if script is distillation else {}
+        found = {name: tuple(map(str, value)) if isinstance(value, list) else str(value)
+                 for name, value in (settings | more).items()}
+        config = script.Settings(device="cpu", **found)
+        expect_one_line(capsys, monkeypatch, config, script, words)
+
+
 # ------------------------------------------------------------------------------- command line, chat
 def test_a_chat_remembers_its_turns(tok, monkeypatch, capsys):
     model, seen = make_model(vocab_size=tok.vocab_size), []
@@ -2377,15 +2630,48 @@ def test_a_chat_through_a_pipe_survives_what_people_type(base, judges):
     assert "usage" in run("llama2.py", "--help").stdout
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["chat", "BASE", "--device", "foo"], "foo"),
+    (["complete", "BASE"], 'expected: complete FOLDER "text"'),
+    (["complete", "BASE", "caf\udce9"], "surrogates not allowed"),
+    (["complete", "BASE", "a", "--temperature", "nan"], "temperature=nan"),
+    (["complete", "BASE", "a", "--temperature", "1e-40"], "temperature=1e-40"),
+    (["complete", "BASE", "a", "--top-p", "2"], "top_p=2"),
+    (["complete", "BASE", "a", "--max-new-tokens", "-3"], "max_new_tokens=-3"),
+    (["complete", "BASE", "word " * 300], "the context only 256"),
+    (["chat", "JUDGE"], "holds a reward model, expected a language model"),
+    (["chat", "BASE", "--reward", "BASE"], "holds a language model, expected a reward model"),
+])
+def test_a_mistake_at_the_command_line_of_llama2_is_one_line(base, judges, capsys, argv, words):
+    places = {"BASE": str(base), "JUDGE": str(judges / "safety")}
+    with pytest.raises(SystemExit) as e:
+        llama2.main([places.get(word, word) for word in argv])
+    error = capsys.readouterr().err
+    assert (e.value.code, error.count("\n")) == (2, 1)
+    assert words in error
+
+
+def test_bytes_that_are_no_text_do_not_end_a_chat(base):
+    process = subprocess.run(
+        [sys.executable, "llama2.py", "chat", base, "--max-new-tokens", "3"], cwd=HERE,
+        input=b"caf\xe9\nHello.\n", capture_output=True, env=os.environ | {"PYTHONUTF8": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert b"surrogates not allowed" in process.stdout
+
+
 # ----------------------------------------------------------- contracts that every stage keeps
-def interrupt_at(step, script, monkeypatch):
-    """The script's optimizer is stopped at its step-th step, as Ctrl-C would."""
+def interrupt_at(step, script, monkeypatch, signals=0):
+    """At its step-th step the script's optimizer fails; or its process is sent signals."""
     calls = []
 
     def clip_and_step(*args):
         calls.append(1)
         if len(calls) == step:
-            raise KeyboardInterrupt
+            if not signals:
+                raise KeyboardInterrupt
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGINT)
         return training.clip_and_step(*args)
 
     for module in {script, sft if script is rlhf else script}:
@@ -2422,6 +2708,86 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, inputs, name, monkeypatch)
     if name == "ppo":
         samples = [(folder_of(config) / "samples.jsonl").read_text() for config in (whole, cut)]
         assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_that_is_asked_to_stop_saves_behind_its_step_and_says_how_it_goes_on(
+    tmp_path, inputs, name, monkeypatch, capsys
+):
+    with_ends(monkeypatch)
+    script, whole = stage(name, inputs, tmp_path / "whole", save_every=1000)
+    script.main(whole)
+    cut = replace(whole, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        interrupt_at(5, script, patch, signals=1)
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", "--lr", "1", "--overwrite"])
+        with pytest.raises(runs.Stopped, match="stopped and saved behind step") as e:
+            script.main(cut)
+    assert str(e.value).endswith(f"python {script.__name__}.py --lr 1 --resume")
+    step = torch.load(folder_of(cut) / "resume.pt", weights_only=True)["step"]
+    assert step == {"ppo": 2}.get(name, 5)          # an iteration of PPO has 4 steps here
+    # what changes nothing that is learned may change
+    script.main(replace(cut, resume=True, log_every=3, save_every=2) if name in SCRIPTS
+                else replace(cut, resume=True, save_every=2))
+    assert furthest(weights(folder_of(whole)), weights(folder_of(cut))) == 0
+    with monkeypatch.context() as patch:            # a second Ctrl-C does not wait
+        interrupt_at(2, script, patch, signals=2)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(replace(cut, overwrite=True))
+
+
+def test_all_processes_stop_at_one_step_when_torchrun_is_told_to(tmp_path, inputs):
+    _, config = stage("sft", inputs, tmp_path / "out", epochs=500)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sft.py"]
+    process = subprocess.Popen(
+        [sys.executable, *command, *flags(config)], cwd=HERE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL,
+    )
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+    process.wait()
+    assert "stopped and saved behind step" in said
+    assert "torchrun --nproc_per_node=2 train_sft.py" in said
+    step = torch.load(tmp_path / "out/resume.pt", weights_only=True)["step"]
+    assert f"behind step {step} of" in said
+
+
+@pytest.mark.parametrize("name, figure", [
+    ("pretrain", "val/stories"), ("sft", "val_loss"), ("rm", "accuracy")
+])
+def test_the_best_model_on_held_out_data_or_the_last_one_is_kept(
+    tmp_path, inputs, name, figure, monkeypatch
+):
+    """Looks are told to fall behind the second; a run cut behind it remembers the best as well."""
+    script, config = stage(name, inputs, tmp_path / "last", eval_every=2, keep="last")
+    sign, looks, seen = (-1 if figure != "accuracy" else 1), [], []
+    if name == "rm":
+        config = replace(config, epochs=8, val_fraction=0.4)
+
+    def evaluate(model, *_):
+        looks.append(0)
+        seen.append(copy.deepcopy(model.state_dict()))
+        return {figure: sign * {1: 0.3, 2: 0.9}.get(len(looks), 0.5)}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    script.main(config)
+    assert furthest(weights(folder_of(config)), seen[-1]) == 0
+    assert len(seen) > 2
+    looks.clear()
+    seen.clear()
+    best = replace(config, out=str(tmp_path / "best"), keep="best")
+    with monkeypatch.context() as patch:
+        interrupt_at(7, script, patch)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(best)
+    script.main(replace(best, resume=True))
+    assert furthest(weights(folder_of(best)), seen[1]) == 0
+    assert furthest(weights(folder_of(best)), weights(folder_of(config))) > 0
+    with pytest.raises(ValueError, match="begun with other settings: eval_every was 2, now 3"):
+        script.main(replace(best, resume=True, eval_every=3))
 
 
 def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(tmp_path, inputs):
@@ -2506,27 +2872,169 @@ def test_a_finished_run_is_kept_and_says_so(tmp_path, inputs, name, monkeypatch,
     assert furthest(weights(folder_of(config)), before) > 0
 
 
-@pytest.mark.parametrize("name", ["sft", "rm"])
-def test_a_run_does_not_go_on_with_other_data_or_weights(tmp_path, inputs, name, monkeypatch):
-    key = "dialogues" if name == "sft" else "pairs"
-    mine = tmp_path / "mine.jsonl"
-    mine.write_text(Path(getattr(inputs, key)).read_text())
-    script, config = stage(name, inputs, tmp_path / "out", data=(str(mine),))
+@pytest.mark.parametrize("name, what", [
+    ("pretrain", "tokens/stories.train.00000.bin"), ("pretrain", "tokens/index.json"),
+    ("pretrain", "base/tokenizer.model"), ("sft", "dialogues.jsonl"), ("sft", "base/params.json"),
+    ("rm", "pairs.jsonl"), ("rm", "base/consolidated.00.pth"),
+    ("rejection-sampling", "prompts.jsonl"), ("ppo", "val.jsonl"),
+    ("ppo", "judges/safety/consolidated.00.pth"),
+])
+def test_a_run_does_not_go_on_when_a_file_that_it_reads_has_changed(
+    tmp_path, inputs, name, what, monkeypatch
+):
+    with_ends(monkeypatch)
+    mine = copied(inputs, tmp_path)
+    script, config = stage(name, mine, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        interrupt_at(9 if name == "ppo" else 6, script, patch)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(config)
+    path = tmp_path / what
+    before = path.read_bytes()
+    path.write_bytes(before[:-2] + b"\1\0" if path.suffix == ".bin" else before + b"\n")
+    with pytest.raises(ValueError, match=f"begun with other data: .*{path.name} is not as it was"):
+        script.main(replace(config, resume=True))
+
+
+def copied(inputs, folder):
+    """The inputs, in a folder where they may be spoilt."""
+    found = {}
+    for name, path in vars(inputs).items():
+        target = folder / {"base": "base", "judges": "judges"}.get(name, Path(path).name)
+        (shutil.copytree if Path(path).is_dir() else shutil.copy)(path, target)
+        found[name] = str(target)
+    return SimpleNamespace(**found)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("resume.pt", b"half", "resume.pt: damaged"), ("resume.pt", b"", "resume.pt: damaged"),
+    ("resume.pt", [1], "resume.pt: damaged"), ("resume.pt", {"step": 2}, "resume.pt: damaged"),
+    ("config.json", b"{", "config.json: broken JSON"), ("config.json", b"[]", "config.json: exp"),
+    ("metrics.jsonl", b"{}\n", "metrics.jsonl:1: no run wrote this line"),
+    ("metrics.jsonl", b"5\n", "metrics.jsonl:1: no run wrote this line"),
+])
+def test_a_damaged_file_of_a_run_is_named_in_one_line(
+    tmp_path, inputs, name, content, words, monkeypatch
+):
+    script, config = stage("sft", inputs, tmp_path / "out")
     with monkeypatch.context() as patch:
         interrupt_at(6, script, patch)
         with pytest.raises(KeyboardInterrupt):
             script.main(config)
-    with open(mine, "a") as file:
-        file.write(mine.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match="begun with other data: .*mine.jsonl is not as it was"):
+    path = tmp_path / "out" / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=words):
         script.main(replace(config, resume=True))
-    (folder_of(config) / "resume.pt").write_bytes(b"half")
-    mine.write_text(Path(getattr(inputs, key)).read_text())
-    with pytest.raises(ValueError, match="resume.pt: damaged"):
-        script.main(replace(config, resume=True))
-    (folder_of(config) / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: broken JSON"):
-        script.main(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("limit", [20_000, 400_000])
+def test_a_full_disk_ends_a_run_in_one_line_and_what_was_saved_goes_on(tmp_path, inputs, limit):
+    """A limit to the size of a file stands in for it: for the log, or for the weights."""
+    _, config = stage("sft", inputs, tmp_path / "out", epochs=4)
+    sft.main(whole := replace(config, out=str(tmp_path / "whole")))
+    script = f"""import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+import train_sft, common.run
+sys.argv[0] = "train_sft.py"
+common.run.run_script(train_sft.main, train_sft.Settings, {{}})"""
+    done = run("-c", script, *flags(config), check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "disk full" in done.stderr
+    sft.main(replace(config, resume=True))
+    assert furthest(weights(whole.out), weights(config.out)) == 0
+
+
+def test_one_folder_holds_one_run(tmp_path, inputs, monkeypatch):
+    with_ends(monkeypatch)
+    script, first = stage("rejection-sampling", inputs, tmp_path / "out")
+    script.main(first)
+    assert (tmp_path / "out/best.jsonl").exists()
+    _, second = stage("ppo", inputs, tmp_path / "out", overwrite=True)
+    script.main(second)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    checkpoint = {"params.json", "consolidated.00.pth", "tokenizer.model"}
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", ".lock"} | checkpoint
+
+
+@pytest.mark.parametrize("command", ["data.corpus", "data.preferences"])
+def test_two_commands_cannot_write_one_file_at_once(tmp_path, inputs, command, monkeypatch):
+    def held(*_):
+        raise BlockingIOError(11, "held")
+
+    script, config = {
+        "data.corpus": (corpus, corpus.Settings(data=(inputs.text,), out=str(tmp_path / "t"))),
+        "data.preferences": (preferences, collecting(inputs, tmp_path / "p.jsonl")),
+    }[command]
+    monkeypatch.setattr(runs.fcntl, "lockf", held)
+    with pytest.raises(ValueError, match="is in use by process"):
+        script.main(config)
+
+
+@pytest.mark.parametrize("at, kept", [(2, None), (3, 2), (8, 6)])
+def test_weights_that_are_no_numbers_never_take_the_place_of_a_good_save(
+    tmp_path, inputs, at, kept, monkeypatch
+):
+    _, config = stage("sft", inputs, tmp_path / "out")
+    steps = []
+
+    def clip_and_step(model, optimizer):
+        steps.append(1)
+        if len(steps) == at:
+            model.norm.weight.data.fill_(float("inf"))
+        return True
+
+    monkeypatch.setattr(sft, "clip_and_step", clip_and_step)
+    with pytest.raises(ValueError, match="the weights are no numbers any more: try a lower"):
+        sft.main(config)
+    assert not (tmp_path / "out/consolidated.00.pth").exists()
+    resume_file = tmp_path / "out/resume.pt"
+    assert resume_file.exists() is (kept is not None)
+    if kept:
+        assert torch.load(resume_file, weights_only=True)["step"] == kept
+
+
+def test_skipped_steps_are_counted_and_a_run_of_nothing_else_is_not_finished(
+    tmp_path, inputs, monkeypatch
+):
+    _, config = stage("sft", inputs, tmp_path / "out", epochs=1)
+    real, calls = sft.sft_loss, []
+
+    def loss(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) in (3, 4) else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "sft_loss", loss)
+        sft.main(config)
+    assert logged(config.out)[-1]["skipped"] in (1, 2)
+    few = write_jsonl(tmp_path / "few.jsonl", [dict(messages=say(f"a {i}", "b")) for i in range(9)])
+    monkeypatch.setattr(sft, "sft_loss", lambda *args: real(*args) * float("inf"))
+    with pytest.raises(ValueError, match="every step had gradients that are no numbers"):
+        sft.main(replace(config, out=str(tmp_path / "b"), data=(str(few),), seq_len=64, epochs=2))
+
+
+def test_memory_that_runs_out_is_one_line(tmp_path, inputs, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    _, config = stage("sft", inputs, tmp_path / "out")
+    monkeypatch.setattr(sft, "sft_loss", full)
+    expect_one_line(capsys, monkeypatch, config, sft, "out of memory: lower --micro-batch")
+
+
+def test_processes_wait_for_one_that_prepares_data_for_hours(monkeypatch):
+    given = {}
+    monkeypatch.setattr(training.dist, "init_process_group", lambda *_, **how: given.update(how))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    threads = torch.get_num_threads()
+    training.setup("cpu")
+    torch.set_num_threads(threads)
+    assert given["timeout"].total_seconds() >= 3600
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -2615,7 +3123,8 @@ BAD_SETTINGS = [
     ("sft", dict(epochs=0), ["--epochs 0: must be above 0"]),
     ("sft", dict(seq_len=8), ["no dialogue to learn from", "longer than --seq-len"]),
     ("sft", dict(val_fraction=2.0), ["--val-fraction 2.0: must be at most 1"]),
-    ("rm", dict(val_fraction=1.0), ["no pair of the kind safety"]),
+    ("rm", dict(val_fraction=1.0), ["--val-fraction 1.0 holds out all"]),
+    ("sft", dict(val_fraction=1.0), ["--val-fraction 1.0 holds out all"]),
     ("rm", dict(aux_weight=-1.0), ["--aux-weight -1.0"]),
     ("rejection-sampling", dict(temperatures=(0.0,)), ["--temperatures 0.0: must be above 0"]),
     ("rejection-sampling", dict(rm="nowhere"), ["nowhere/helpfulness", "no checkpoint here"]),

@@ -18,9 +18,9 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from common.run import check_settings, claim_file, run_script, weights_of
+from common.run import check_settings, claim_file, load_fitting, run_script, weights_of
 from common.training import all_gather, is_main, print0, setup, share
-from data.records import (Unusable, as_messages, assistant_says, files_of, read_instructions,
+from data.records import (Unusable, assistant_says, files_of, given, prompt_of, read_instructions,
                           read_some, to_messages, write_made)
 from llama2 import RewardModel, Transformer, encode_dialog, load, respond, score
 
@@ -81,15 +81,13 @@ def main(config: Settings):
     files = files_of(config.data) + files_of(config.pre_prompts)
     made_of = claim_file(config.out, config, files + weights_of(config.chat, config.rm))
     model, tok = load(config.chat, device, kind=Transformer)
-    safety_model, its_tok = load(config.rm, device, kind=RewardModel)
-    if its_tok.proto != tok.proto:
-        raise ValueError(f"{config.rm} has another tokenizer than {config.chat}")
+    safety_model = load_fitting(config.rm, device, RewardModel, tok, config.chat)
     pre_prompts = read_instructions(config.pre_prompts, tok, config.skip_bad)
     rng = random.Random(f"pre-prompts {config.seed}")
 
     def parse(record):
-        if isinstance(record, dict) and "prompt" in record:
-            messages = as_messages(record["prompt"])
+        if isinstance(record, dict) and given(record, "prompt") is not None:
+            messages = prompt_of(record)
         else:
             messages = to_messages(record)[:-1]
         prefixed = with_system_prompt(rng.choice(pre_prompts)["instruction"], messages)

@@ -15,14 +15,15 @@ earlier version, or stands between the two: --blend 0.7 is 70% of the way from -
 """
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from common.run import Finished, check_settings, claim_file, run_script, weights_of
+from common.run import (Finished, check_settings, claim_file, load_fitting, run_script,
+                        weights_of)
 from common.training import all_gather, is_main, print0, setup, share
-from data.records import (RATINGS, as_messages, files_of, read_json, read_some, to_prompt,
-                          write_made, write_records)
+from data.records import (RATINGS, as_messages, files_of, read_objects, read_some,
+                          to_prompt, write_made, write_records)
 from llama2 import Transformer, load, respond
 
 
@@ -81,22 +82,21 @@ def collect(variants, tok, prompts, seed: int, config) -> list[list[str]]:
 def load_variants(config, device):
     """([chat model, second variant], tokenizer)."""
     chat, tok = load(config.chat, device, kind=Transformer)
-    other, other_tok = load(config.other, device, kind=Transformer)
-    if other_tok.proto != tok.proto:
-        raise ValueError(f"{config.other} has another tokenizer than {config.chat}")
-    if config.blend and other.args.dim != chat.args.dim:
+    other = load_fitting(config.other, device, Transformer, tok, config.chat)
+    shapes = [replace(model.args, max_seq_len=1) for model in (chat, other)]
+    if config.blend and shapes[0] != shapes[1]:
         raise ValueError(f"{config.other} is not of the shape of {config.chat}: --blend 0")
     return [chat, blended(chat, other, config.blend)], tok
 
 
 def read_prompts(config, tok, context: int) -> list[dict]:
-    """The records of the prompts, as they stand in the files."""
+    """The records of the prompts, as they stand in the files; what stood beside them is in."""
     def parse(record):
-        to_prompt(record, tok, context)
+        prompt = to_prompt(record, tok, context)
         if config.annotator == "tinytown" and "truth" not in record:
             raise ValueError("not a prompt of Tinytown, whose annotator has to know the truth: "
                              "--annotator person, or nobody")
-        return record
+        return record | {"prompt": prompt.text, "is_safety": prompt.is_safety}
 
     return read_some(config.prompts, parse, config.skip_bad, "prompt")
 
@@ -138,7 +138,9 @@ def ask_person(pair) -> dict:
 
 def person_compares(pairs, path: Path):
     """Label pairs one by one; each is saved at once, and a later call goes on behind it."""
-    done = [record for _, record in read_json(path)] if path.exists() else []
+    done = []
+    if path.exists():
+        done = [record for _, record in read_objects(path, chosen=str, rejected=str)]
     try:
         for number in range(len(done), len(pairs)):
             print(f"\n{number + 1} of {len(pairs)}")
@@ -165,7 +167,8 @@ def main(config: Settings):
     try:
         made_of = claim_file(path, config, files)
         variants, tok = load_variants(config, device)
-        prompts = read_prompts(config, tok, variants[0].args.max_seq_len)
+        context = min(variant.args.max_seq_len for variant in variants)
+        prompts = read_prompts(config, tok, context)
         answers = collect(variants, tok, share(prompts), 1000 * config.seed + rank, config)
         answers = all_gather(answers)
         if config.annotator == "tinytown":
@@ -181,7 +184,7 @@ def main(config: Settings):
         if not person:
             raise
     if person and is_main():
-        pairs = [pair for _, pair in read_json(path)]
+        pairs = [pair for _, pair in read_objects(path, a=str, b=str)]
         person_compares(pairs, Path(config.out))
 
 

@@ -5,14 +5,15 @@ No training asks them anything, and none of them trains.
 import math
 from pathlib import Path
 
-from data.records import read_json
+from data.records import read_objects
+from tinytown.prompts import TOPICS
 
 
 def read_truths(path) -> list[dict]:
     """Prompts of Tinytown, with what its annotator has to know. Raises ValueError."""
     prompts = []
-    for where, record in read_json(path):
-        if not isinstance(record, dict) or not {"prompt", "topic", "truth"} <= record.keys():
+    for where, record in read_objects(path, prompt=str | list, topic=str):
+        if "truth" not in record or record["topic"] not in TOPICS:
             raise ValueError(f"{where}: expected a prompt of Tinytown, with its topic and truth")
         prompts.append(record)
     return prompts

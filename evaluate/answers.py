@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from common.run import check_settings, run_script
 from common.training import setup
 from data.ghost_attention import obeys
-from data.records import as_messages, read_json, user_says
+from data.records import as_messages, read_objects, user_says
 from evaluate import name_folders, percent_table, read_truths
 from llama2 import Transformer, encode_dialog, generate, load, respond, write_json
 from tinytown.annotator import judge, quality, without_marks
@@ -108,11 +108,9 @@ def recall(model, tok, probes) -> float:
 
 
 def examine_recall(config, device) -> dict:
-    probes = []
-    for where, record in read_json(config.probes):
-        if not isinstance(record, dict) or not {"prompt", "answer"} <= record.keys():
-            raise ValueError(f'{where}: expected an object with "prompt" and "answer"')
-        probes.append(record)
+    probes = [record for _, record in read_objects(config.probes, prompt=str, answer=str)]
+    if not probes:
+        raise ValueError(f"{config.probes}: holds no probe")
     found = {}
     for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, kind=Transformer)
@@ -152,9 +150,10 @@ def hold_conversations(model, tok, dialogs, config) -> list[list[str]]:
 def examine_obedience(config, device) -> dict:
     """{model: {group: {"obey" or "right": [share at each of TURNS]}}}."""
     groups = defaultdict(list)
-    for where, record in read_json(config.obedience):
-        if not isinstance(record, dict) or not {"group", "prompts", "rules"} <= record.keys():
-            raise ValueError(f"{where}: expected a dialogue as python -m tinytown writes them")
+    fields = {"group": str, "instruction": str, "prompts": list, "rules": list}
+    for where, record in read_objects(config.obedience, **fields):
+        if len(record["prompts"]) < max(TURNS):
+            raise ValueError(f"{where}: has {len(record['prompts'])} prompts, needs {max(TURNS)}")
         groups[record["group"]].append(record)
     dialogs = [dialog for group in groups.values() for dialog in group[:config.count]]
 
@@ -193,7 +192,8 @@ def examine_samples(config) -> dict:
     """{step: {"reward", "truth" in points, "violations"}} of what PPO wrote at each look."""
     prompts = {str(asked["prompt"]): asked for asked in read_truths(config.prompts)}
     rewards, points, safe = defaultdict(list), defaultdict(list), defaultdict(list)
-    for where, record in read_json(config.samples):
+    fields = {"prompt": str | list, "answer": str, "step": int, "reward": float}
+    for where, record in read_objects(config.samples, **fields):
         asked = prompts.get(str(record["prompt"]))
         if asked is None:
             raise ValueError(f"{where}: {record['prompt']!r} is not among {config.prompts}")

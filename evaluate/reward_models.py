@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from common.run import run_script
+from common.run import load_fitting, run_script
 from common.training import setup
 from data.records import KINDS, RATINGS, read_records, to_pair
 from evaluate import name_folders, read_truths, wilson
@@ -86,7 +86,9 @@ def agreement(records, truths, seed: int) -> float:
     asked = {str(prompt["prompt"]): prompt for prompt in truths}
     judges, items = annotators(3, seed), []
     for record in records:
-        a, b, prompt = record["chosen"], record["rejected"], asked[str(record["prompt"])]
+        a, b, prompt = record["chosen"], record["rejected"], asked.get(str(record.get("prompt")))
+        if prompt is None:
+            raise ValueError(f"{record.get('prompt')!r} is not among the prompts of --truths")
         items.append([on_scale(compare(rng, prompt, a, b), a) for rng in judges])
     return gwet_ac2(items, 7)
 
@@ -117,9 +119,10 @@ def main(config: Settings) -> dict:
     device, _, _ = setup(config.device)
     if not config.folders:
         raise ValueError("which reward models? name their folders")
-    models = {}
+    models, first = {}, config.folders[0]
+    _, tok = load(first, device, kind=RewardModel)
     for name, folder in name_folders(config.folders).items():
-        models[name], tok = load(folder, device, kind=RewardModel)
+        models[name] = load_fitting(folder, device, RewardModel, tok, first)
     context = min(model.args.max_seq_len for model in models.values())
     pairs = read_pairs(config, tok, context)
 

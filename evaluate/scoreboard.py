@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from common.run import check_settings, run_script
+from common.run import check_settings, load_fitting, run_script
 from common.training import setup
-from data.records import KINDS, to_prompt
+from data.records import to_prompt
 from evaluate import name_folders, read_truths, wilson
-from llama2 import RewardModel, Transformer, by_length, load, score_rows, text_after, write_json
+from llama2 import Transformer, by_length, load, score_rows, text_after, write_json
 from tinytown.annotator import annotators, compare, gwet_ac2, judge, on_scale, quality
 from tinytown.prompts import TOPICS
-from train_rlhf import answer_logprobs, generate_answers, make_rollout
+from train_rlhf import answer_logprobs, generate_answers, load_reward_models, make_rollout
 
 
 @dataclass
@@ -120,16 +120,13 @@ def main(config: Settings) -> dict:
     check_settings(config)
     device, _, _ = setup(config.device)
     reference, tok = load(config.against, device, kind=Transformer)
-    reward_models = {}
-    for kind in KINDS:
-        if (Path(config.rm) / kind).exists():
-            reward_models[kind], _ = load(Path(config.rm) / kind, device, kind=RewardModel)
-    truths = read_truths(config.prompts)
     context = reference.args.max_seq_len
+    reward_models = load_reward_models(config.rm, reference, tok, device, config.against)
+    truths = read_truths(config.prompts)
     prompts = [to_prompt(asked, tok, context) for asked in truths]
     models = {}
     for name, folder in name_folders([*config.folders, config.against]).items():
-        models[name], _ = load(folder, device, kind=Transformer)
+        models[name] = load_fitting(folder, device, Transformer, tok, config.against, context)
         if folder == Path(config.against):
             against = name
 
