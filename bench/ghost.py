@@ -3,13 +3,15 @@
     python -m bench.ghost seeds [--seeds 1 2 3]      obedience by turn, 40 dialogues of each kind
     python -m bench.ghost attention --seeds 1        attention from late turns to the instruction
 """
+import math
+
 import torch
 
 from bench import figures, paper, print_table, seeds_of
 from data.ghost_attention import in_the_first_alone
 from data.records import read_json
 from evaluate.answers import TURNS, Settings, hold_conversations
-from llama2 import encode_dialog, load
+from llama2 import encode_dialog, load, rotate
 
 
 def obedience(seeds):
@@ -27,15 +29,39 @@ def obedience(seeds):
     print_table(f"share of dialogues, %, seeds {seeds}", columns)
 
 
+def attention_weights(model, tokens):
+    """What attention weighs the values with, in each layer: [(B, H, T, T), ...] of tokens (B, T).
+
+    The model's own path never forms them: here they are computed anew, beside it.
+    """
+    found = []
+
+    def look(attention, inputs):
+        x, freqs_cis = inputs[:2]
+        q = rotate(attention.wq(x).unflatten(-1, (-1, attention.head_dim)), freqs_cis)
+        k = rotate(attention.wk(x).unflatten(-1, (-1, attention.head_dim)), freqs_cis)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)             # (B, H, T, hd), (B, K, T, hd)
+        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)                  # (B, H, T, hd)
+        scores = q @ k.transpose(2, 3) * attention.head_dim ** -0.5             # (B, H, T, T)
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        found.append(scores.masked_fill(later, -math.inf).softmax(-1))
+
+    hooks = [block.attention.register_forward_pre_hook(look) for block in model.layers]
+    model.hidden(tokens)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def looks_back(model, tok, instruction, turns):
     """The largest attention, over all layers and heads, that any token of an answer pays to any
     token of the instruction: a number a turn."""
     messages = in_the_first_alone(instruction, turns)
     first = len(tok.encode("[INST]", bos=True))
     last = len(tok.encode(f"[INST] {instruction}", bos=True))
-    weights, found = [], []
+    found = []
     with torch.inference_mode():
-        model.hidden(torch.tensor([encode_dialog(tok, messages)[0]]), weights=weights)
+        weights = attention_weights(model, torch.tensor([encode_dialog(tok, messages)[0]]))
     most = torch.stack(weights).amax((0, 1, 2))                                 # (T, T)
     for turn in range(len(turns)):
         start = len(encode_dialog(tok, messages[:2 * turn + 1])[0])
