@@ -1272,7 +1272,7 @@ def prepared(folder, *data, **changes):
     for source in index["sources"]:
         for split in ("train", "val"):
             name = f"{source['name']}.{split}"
-            ids[name] = pretrain.Shards(folder, name, index["dtype"]).read(0, 10**9).tolist()
+            ids[name] = corpus.Shards(folder, name, index["dtype"]).read(0, 10**9).tolist()
     return index, Tokenizer(folder / "tokenizer.model"), ids
 
 
@@ -1806,7 +1806,7 @@ def test_shards_read_like_a_list(tmp_path):
     numbers = list(range(100))
     for i, part in enumerate((numbers[:37], numbers[37:38], numbers[38:])):
         np.array(part, dtype="uint16").tofile(tmp_path / f"x.{i:05d}.bin")
-    shards = pretrain.Shards(tmp_path, "x", "uint16")
+    shards = corpus.Shards(tmp_path, "x", "uint16")
     assert len(shards) == 100
     for start, count in [(0, 100), (0, 0), (30, 10), (36, 3), (38, 5), (90, 50), (99, 1)]:
         assert shards.read(start, count).tolist() == numbers[start : start + count]
@@ -1820,7 +1820,7 @@ class Numbers(list):
 
 
 def mixture_of(*sources, seq_len=8):
-    found = [pretrain.Source("", weight, Numbers(range(size)), None) for size, weight in sources]
+    found = [corpus.Tokens("", weight, Numbers(range(size)), None) for size, weight in sources]
     return pretrain.Mixture(found, seq_len, seed=0)
 
 
@@ -1847,7 +1847,7 @@ def test_a_source_is_drawn_by_weight_times_size_and_a_resumed_mixture_goes_on_al
 
 
 def test_held_out_loss_and_bits_per_byte_by_hand(inputs):
-    sources, tok, _ = pretrain.open_tokens(Path(inputs.tokens), 32)
+    sources, tok, _ = corpus.open_tokens(Path(inputs.tokens), 32)
     val = sources[0].val.read(0, 10**9).tolist()
     model, nats, T = make_model(vocab_size=tok.vocab_size), 0.0, 32
     for at in range(0, len(val) - 1, T):
@@ -3196,10 +3196,13 @@ ROOMS = {  # what a file's imports may begin with, of the project
     "tinytown": ("tinytown",),
     "common": ("common", "llama2"),
     "data": ("common", "data", "llama2"),
-    "train": ("common", "data.records", "llama2"),
+    "train": ("common", "data.records", "llama2"),      # and pretraining, which reads tokens
     "evaluate": ("common", "data", "evaluate", "llama2", "tinytown", "train_rm", "train_rlhf"),
 }
-EXCEPTIONS = {("data/preferences.py", "tinytown.annotator"), ("train_rlhf.py", "train_sft")}
+EXCEPTIONS = {
+    ("data/preferences.py", "tinytown.annotator"), ("train_rlhf.py", "train_sft"),
+    ("train_pretrain.py", "data.corpus"),
+}
 PROJECT = re.compile(r"(common|data|evaluate|bench|tinytown|llama2|train_\w+)(\.|$)")
 
 
@@ -3273,17 +3276,32 @@ SHORT = {  # what makes a command of the README take seconds
 def test_the_readmes_path_for_ones_own_data_runs_as_written(tmp_path):
     """No Tinytown: texts, dialogues, a person's labels, two versions, Ghost Attention, a chat."""
     colours = "red blue green white black yellow".split()
-    pages, dialogues, asked = [], [], []
+    pages, alpaca, sharegpt, asked, hh_rlhf, ultra = [], [], [], [], [], []
     for i in range(120):
-        colour = colours[i % 6]
+        colour, wrong = colours[i % 6], colours[(i + 1) % 6]
+        question, answer, no = f"Colour {i}?", f"It is {colour}.", f"It is {wrong}."
         pages.append({"text": f"Box {i % 7} is {colour}. You can ask for a {colour} box."})
-        dialogues.append({"instruction": f"Colour {i}?", "input": "", "output": f"It is {colour}."})
+        alpaca.append(dict(instruction=question, input="", output=answer, text="### Instruction:"))
         asked.append({"prompt": f"Say the colour {i}.", "is_safety": i % 5 == 0})
-    dialogues.append({"messages": say("Colour 1?", "It is red.", "And 2?", "It is blue.")})
+        turns = [dict(role="user", content=question)]
+        hh_rlhf.append({"chosen": hh(question, answer), "rejected": hh(question, no)})
+        told = [turns + [dict(role="assistant", content=text)] for text in (answer, no)]
+        ultra.append(dict(
+            prompt=question, prompt_id="9f", chosen=told[0], rejected=told[1], messages=told[0],
+            score_chosen=8.5, score_rejected=5.0,
+        ))
+    for i in range(9):
+        said = "And?", f"It is {colours[i % 6]}.", "So?", "No."
+        turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]
+        sharegpt.append({"id": f"identity_{i}", "conversations": turns})
     (tmp_path / "book.txt").write_text("A red box and a blue box stand on a shelf.\n" * 50)
+    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca, indent=4))
+    (tmp_path / "sharegpt.json").write_text(json.dumps(sharegpt, indent=2))
+    lines = "".join(json.dumps(record) + "\n" for record in hh_rlhf[:20])
+    (tmp_path / "hh-rlhf.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     for name, found in (
-        ("pages", pages), ("dialogues", dialogues), ("prompts", asked[:12]), ("val", asked[12:18]),
-        ("compare", asked[18:22]), ("instructions", [{"instruction": "Be brief."}]),
+        ("pages", pages), ("prompts", asked[:12]), ("val", asked[12:18]), ("compare", asked[18:22]),
+        ("ultrafeedback", ultra[:20]), ("instructions", [{"instruction": "Be brief."}]),
     ):
         write_jsonl(tmp_path / f"{name}.jsonl", found)
 
@@ -3301,7 +3319,9 @@ def test_the_readmes_path_for_ones_own_data_runs_as_written(tmp_path):
             capture_output=True,
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
-        if name == "data.preferences":
-            assert "4 of 4 compared" in done.stdout
+        counted = {"data.preferences": "4 of 4 compared", "train_sft.py": " left out: {}"}
+        assert counted.get(name, "") in done.stdout, command
+        if "ultrafeedback" in command:
+            assert re.match(r"4\d pairs", done.stdout)       # all 40 of others, and own labels
     assert len(done.stdout.splitlines()) >= 2  # the chat has answered
     assert {"v1", "v2", "gatt"} <= {path.name for path in (tmp_path / "out/mine").iterdir()}
