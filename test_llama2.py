@@ -1783,6 +1783,27 @@ def test_two_runs_cannot_use_one_folder_at_once(tmp_path):
     runs.Run(tmp_path, sft.Settings())  # the lock went with the process
 
 
+def test_tokens_a_second_are_those_of_training_without_looks_and_saves(
+    tmp_path, monkeypatch, capsys
+):
+    clock = [0.0]
+    monkeypatch.setattr(runs.time, "time", lambda: clock[0])
+    run_ = runs.Run(tmp_path, sft.Settings(warmup_steps=9))
+    model = torch.nn.Linear(1, 1)
+    run_.begin(model, torch.optim.SGD(model.parameters()), 4)
+    assert "--warmup-steps 9: of 4 steps in all, none reaches the peak" in capsys.readouterr().out
+    for step in range(1, 5):
+        clock[0] += 2           # of training
+        run_.count_step(1000, True)
+        clock[0] += 50          # of looking at held-out data
+        run_.look(0.0, model)
+        if step % 2 == 0:
+            run_.log(step, loss=1.0)
+            assert "500 tokens/s" in capsys.readouterr().out
+            clock[0] += 9
+            run_.save(step, model, torch.optim.SGD(model.parameters()))
+
+
 def test_a_log_holds_no_nan_and_a_torn_line_is_forgotten(tmp_path):
     run_ = runs.Run(tmp_path, sft.Settings())
     run_.begin(None, None, 3)
@@ -1886,6 +1907,11 @@ def test_long_dialogues_are_cut_behind_a_turn_and_texts_are_learned_whole(tok):
     found = sft.encode_example(dict(messages=say(*["a b", "c d"] * 3)), tok, 2 * turn + 1)
     tokens, mask = encode_dialog(tok, say(*["a b", "c d"] * 2))
     assert (found.tokens, found.mask) == (tokens, mask)
+    assert found.cut
+    endless = sft.encode_example(dict(messages=say(*["a b", "c d"] * 5000)), tok, 2 * turn)
+    assert endless == found                 # and in seconds, however many turns are cut off
+    whole = sft.encode_example(dict(messages=say("a b", "c d")), tok, turn)
+    assert (len(whole.tokens), whole.cut) == (turn, False)
     with pytest.raises(records.Unusable, match="longer than --seq-len in its first turn"):
         sft.encode_example(dict(messages=say("a " * 99, "b")), tok, 64)
     unheard = [dict(role="user", content="a"), dict(role="assistant", content="b", weight=0)]
@@ -3119,6 +3145,8 @@ BAD_SETTINGS = [
     ("sft", dict(val_fraction=2.0), ["--val-fraction 2.0: must be at most 1"]),
     ("rm", dict(val_fraction=1.0), ["--val-fraction 1.0 holds out all"]),
     ("sft", dict(val_fraction=1.0), ["--val-fraction 1.0 holds out all"]),
+    ("sft", dict(val_fraction=0.0, keep="best"), ["--keep best: nothing is held out"]),
+    ("rm", dict(val_fraction=0.0, keep="best"), ["--keep best: nothing is held out"]),
     ("rm", dict(aux_weight=-1.0), ["--aux-weight -1.0"]),
     ("rejection-sampling", dict(temperatures=(0.0,)), ["--temperatures 0.0: must be above 0"]),
     ("rejection-sampling", dict(rm="nowhere"), ["nowhere/helpfulness", "no checkpoint here"]),
