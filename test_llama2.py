@@ -46,6 +46,7 @@ from llama2 import (SIZES, KVCache, ModelArgs, RewardModel, RMSNorm, Tokenizer, 
                     encode_dialog, generate, kv_cache_bytes, load, rotate, rotations, save, stream)
 from tinytown import annotator, prompts, world
 from tinytown.__main__ import every_file
+from tinytown.__main__ import main as write_town
 
 HERE = Path(__file__).parent
 ARGS = ModelArgs(
@@ -777,6 +778,33 @@ def test_a_town_repeats_with_its_seed_and_its_articles_are_true():
         for attribute, values in world.VALUES.items():
             wrong = set(values) - {residents[name][attribute]}
             assert not any(f" {v}." in text for v in wrong)
+
+
+def test_the_files_of_another_town_are_not_replaced_without_being_told(
+    tmp_path, monkeypatch, capsys
+):
+    def write(*options):
+        words = ["tinytown", str(tmp_path), "--dialogues", "9", *options]
+        monkeypatch.setattr(sys, "argv", words)
+        write_town()
+
+    small = lambda seed, dialogues, noise: {"a": [{"seed": seed}]}
+    monkeypatch.setattr("tinytown.__main__.every_file", small)
+    path = tmp_path / "a.jsonl"
+    write()
+    write()
+    for options, words in (
+        (["--seed", "2"], "a.jsonl holds something else"), (["--noise", "2"], "--noise from 0"),
+        (["--dialogues", "0"], "--dialogues must be"), (["--seed", "x"], "invalid int"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            write(*options)
+        error = capsys.readouterr().err
+        assert (e.value.code, error.count("\n")) == (2, 1)
+        assert words in error
+    assert json.loads(path.read_text()) == {"seed": 1}
+    write("--seed", "2", "--overwrite")
+    assert json.loads(path.read_text()) == {"seed": 2}
 
 
 def test_no_article_words_a_fact_as_its_probe_does(town):
@@ -2982,6 +3010,17 @@ def test_one_folder_holds_one_run(tmp_path, inputs, monkeypatch):
     assert names == {"config.json", "metrics.jsonl", "samples.jsonl", ".lock"} | checkpoint
 
 
+def test_a_run_does_not_replace_what_it_begins_with(tmp_path, inputs, capsys, monkeypatch):
+    mine = copied(inputs, tmp_path)
+    before = (tmp_path / "base/consolidated.00.pth").read_bytes()
+    for name in ("sft", "pretrain", "rejection-sampling"):
+        script, config = stage(name, mine, mine.base, overwrite=True)
+        expect_one_line(capsys, monkeypatch, config, script, "which this run begins with")
+    config = collecting(mine, mine.prompts, overwrite=True)
+    expect_one_line(capsys, monkeypatch, config, preferences, "prompts.jsonl is read, too")
+    assert (tmp_path / "base/consolidated.00.pth").read_bytes() == before
+
+
 @pytest.mark.parametrize("command", ["data.corpus", "data.preferences"])
 def test_two_commands_cannot_write_one_file_at_once(tmp_path, inputs, command, monkeypatch):
     def held(*_):
@@ -3155,7 +3194,11 @@ BAD_SETTINGS = [
     ("rejection-sampling", dict(max_new_tokens=1), ["ended within --max-new-tokens 1"]),
     ("rejection-sampling", dict(earlier=("nowhere",)), ["nowhere/best.jsonl"]),
     ("ppo", dict(batch_size=6), ["--batch-size 6 must be divisible by --mini-batch 4"]),
-    ("ppo", dict(val_prompts=()), ["no prompt to use"]),
+    ("ppo", dict(val_prompts=()), ["--val-prompts: give at least one"]),
+    ("rejection-sampling", dict(temperatures=()), ["--temperatures: give at least one"]),
+    ("sft", dict(data=()), ["--data: give at least one"]),
+    *[(name, dict(seed=1 << 60), ["--seed", "must be at most"]) for name in STAGES],
+    *[(name, dict(out=""), ["--out: expected a place"]) for name in STAGES],
     ("ppo", dict(gamma=1.5), ["--gamma 1.5: must be at most 1"]),
     ("ppo", dict(beta=-1.0), ["--beta -1.0"]),
 ]

@@ -30,7 +30,9 @@ def run(*argv):
     """One of the project's commands, as it would be typed."""
     words = [str(word) for word in argv]
     print("==", *words, flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT)
+    if done.returncode:     # it has said why
+        sys.exit(done.returncode)
 
 
 def train(script: str, *argv):

@@ -18,12 +18,21 @@ LATER_PAIRS = 1000
 REPLAYED = {"encyclopedia": 1000, "arithmetic": 800, "stories": 300}
 
 
-def write_records(path: Path, records: list[dict]):
-    """One JSON object a line; the file is whole, or as it was."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    beside = Path(f"{path}.tmp")
-    beside.write_text("".join(lines), encoding="utf-8")
-    os.replace(beside, path)
+def as_lines(records: list[dict]) -> bytes:
+    """One JSON object a line."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def write_files(folder: Path, contents: dict[Path, bytes], overwrite: bool):
+    """Write files whole; those that hold other things are replaced only if that is asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in contents.items():
+        if path.exists() and path.read_bytes() != content and not overwrite:
+            raise ValueError(f"{path} holds something else: choose another FOLDER, or --overwrite")
+    for path, content in contents.items():
+        beside = Path(f"{path}.tmp")
+        beside.write_bytes(content)
+        os.replace(beside, path)
 
 
 def every_file(seed: int, dialogues: int, noise: float) -> dict[str, list[dict]]:
@@ -79,13 +88,20 @@ def main():
     parser.add_argument("--dialogues", type=int, default=4800, help="how many (default: 4800)")
     parser.add_argument("--noise", type=float, default=0.0,
                         help="share of bad answers in the dialogues (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of another town")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     given = parser.parse_args()
-    folder = Path(given.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if given.dialogues < 1 or not 0 <= given.noise <= 1:
+        parser.error("--dialogues must be at least 1, --noise from 0 to 1")
+    folder, contents = Path(given.folder), {}
     for name, records in every_file(given.seed, given.dialogues, given.noise).items():
         path = folder / f"{name}.jsonl"
-        write_records(path, records)
-        print(f"{path}  {len(records):,} records, {path.stat().st_size:,} bytes")
+        contents[path] = as_lines(records)
+        print(f"{path}  {len(records):,} records, {len(contents[path]):,} bytes")
+    try:
+        write_files(folder, contents, given.overwrite)
+    except (ValueError, OSError) as e:
+        parser.error(e)
 
 
 if __name__ == "__main__":
