@@ -29,6 +29,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 
@@ -65,7 +66,7 @@ def tok(tmp_path_factory):
     path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
     rng = random.Random(0)
     texts = [world.story(rng) + "\n" + world.sums(rng) for _ in range(200)]
-    Tokenizer.train(texts, 400, path)
+    corpus.train_tokenizer(texts, 400, path)
     return Tokenizer(path)
 
 
@@ -73,7 +74,7 @@ def tok(tmp_path_factory):
 def letters(tmp_path_factory):
     """A tokenizer without merges: a piece a character, so that layouts can be written by hand."""
     text, path = "[INST] <<SYS>> hi yo no be ok </>", tmp_path_factory.mktemp("chars") / "t.model"
-    Tokenizer.train([text], 259 + len(set(text)), path)
+    corpus.train_tokenizer([text], 259 + len(set(text)), path)
     return Tokenizer(path)
 
 
@@ -407,7 +408,7 @@ def test_text_comes_back_unchanged_and_never_becomes_a_control_id(tok, text):
     assert tok.decode(ids) == text
     assert not any(tok.sp.is_control(i) or tok.sp.is_unknown(i) for i in ids)
     assert tok.decode(tok.encode("start\n") + tok.encode(text, continuing=True)) == "start\n" + text
-    sizes = tok.piece_bytes()
+    sizes = pretrain.piece_bytes(tok)
     in_front = bool(text) and text[0] != "▁"  # the space that stands before each text
     assert sum(sizes[i] for i in ids) == len(text.encode()) + in_front
 
@@ -430,7 +431,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         Tokenizer(path)
     with open(path, "wb") as file:
-        llama2.sentencepiece.SentencePieceTrainer.train(
+        sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["a b c d"] * 9), model_writer=file, vocab_size=12,
             model_type="bpe", minloglevel=2,
         )
@@ -440,7 +441,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["ACGTTGCA" * 200_000, "日本語" * 9000, "a\u2028b" * 500])
 def test_a_tokenizer_of_texts_without_spaces_or_of_one_long_line_brings_spaces_back(tmp_path, text):
-    Tokenizer.train([text], 265, tmp_path / "t.model")
+    corpus.train_tokenizer([text], 265, tmp_path / "t.model")
     tok = Tokenizer(tmp_path / "t.model")
     assert tok.decode(tok.encode("a b  c\n d")) == "a b  c\n d"
 
