@@ -2572,13 +2572,17 @@ def test_models_and_ppos_samples_are_examined_by_the_truth(tmp_path, inputs, bas
     columns = answers.main(replace(config, json=str(tmp_path / "a.json")))
     assert [list(column)[0] for column in columns.values()] == ["facts right"] * 2
     assert json.loads((tmp_path / "a.json").read_text()) == columns
+    short = tmp_path / "short"      # like the base of paper.sh, with half the context
+    _, tok = load(base)
+    save(short, make_model(vocab_size=tok.vocab_size, max_seq_len=128), tok)
     board = scoreboard.main(
         scoreboard.Settings(
-            folders=(str(base),), against=str(base), rm=inputs.judges, prompts=held_out,
+            folders=(str(short), str(base)), against=str(base), rm=inputs.judges, prompts=held_out,
             max_new_tokens=5, device="cpu",
         )
     )
-    (row,) = board["sampled"].values()
+    row, same = board["sampled"].values()
+    assert row["points"] == same["points"]      # the same weights, the same prompts
     assert row["wins"] == row["wins by safety"] == 0.5
     assert abs(row["kl"]) < 1e-3
     asked, lines = town["prompts-val"][:8], []

@@ -120,15 +120,15 @@ def main(config: Settings) -> dict:
     check_settings(config)
     device, _, _ = setup(config.device)
     reference, tok = load(config.against, device, kind=Transformer)
-    context = reference.args.max_seq_len
     reward_models = load_reward_models(config.rm, reference, tok, device, config.against)
-    truths = read_truths(config.prompts)
-    prompts = [to_prompt(asked, tok, context) for asked in truths]
     models = {}
     for name, folder in name_folders([*config.folders, config.against]).items():
-        models[name] = load_fitting(folder, device, Transformer, tok, config.against, context)
+        models[name] = load_fitting(folder, device, Transformer, tok, config.against)
         if folder == Path(config.against):
             against = name
+    truths = read_truths(config.prompts)
+    context = min(model.args.max_seq_len for model in models.values())
+    prompts = [to_prompt(asked, tok, context) for asked in truths]
 
     print(f"{len(truths)} prompts of {config.prompts}, compared with {against}")
     found = {}
