@@ -2791,6 +2791,18 @@ def test_a_run_that_is_asked_to_stop_saves_behind_its_step_and_says_how_it_goes_
             script.main(replace(cut, overwrite=True))
 
 
+def test_a_reader_that_has_seen_enough_ends_a_run_without_a_traceback(tmp_path, inputs):
+    _, config = stage("sft", inputs, tmp_path / "out", epochs=500)
+    process = subprocess.Popen(
+        [sys.executable, "train_sft.py", *flags(config)], cwd=HERE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
 def test_all_processes_stop_at_one_step_when_torchrun_is_told_to(tmp_path, inputs):
     _, config = stage("sft", inputs, tmp_path / "out", epochs=500)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sft.py"]
