@@ -687,7 +687,7 @@ def spoil(folder, tok, how):
 @pytest.mark.parametrize("how, words", [
     ("LFS pointer", "these are no weights .*: no file of tensors alone"),
     ("a web page", "these are no weights .*: no file of tensors alone"),
-    ("cut short", "these are no weights"), ("a dict around", "these are no weights"),
+    ("cut short", "these are no weights"), ("a dict around", "else than tensors by name"),
     ("a list", "these are no weights"), ("whole numbers", "these are no weights"),
     ("one missing", 'Missing key.*norm.weight'), ("params a list", "expected one JSON object"),
     ("params cut", "params.json: broken JSON"), ("tokenizer", "not a SentencePiece model"),
@@ -706,7 +706,10 @@ def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, tok, ho
 
 
 def test_broken_checkpoints_are_refused_in_words(tmp_path, tok):
-    with pytest.raises(ValueError, match="no checkpoint here"):
+    with pytest.raises(ValueError, match="no checkpoint here.*tokenizer.model$"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="Hugging Face's format is not read yet"):
         load(tmp_path)
     save(tmp_path, make_model(vocab_size=tok.vocab_size), tok)
     weights, params = tmp_path / "consolidated.00.pth", tmp_path / "params.json"
