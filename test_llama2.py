@@ -1017,7 +1017,7 @@ def test_every_dialogue_format_becomes_the_same_messages():
         assert records.to_messages(record | {"history": [["How many legs?", "Four."]]}) == whole
     for empty in (None, float("nan"), ""):      # tables have them for nothing
         record = dict(messages=messages, conversations=empty, system=empty, history=empty,
-                      label=empty, tools=[], source="web")
+                      label=empty, tools="[]", images=[], source="web", id=7, score=0.5)
         assert records.to_messages(record) == messages
     asked = dict(instruction=hh("What is it?") + "\n\nAssistant:", output="A fox.")
     assert records.to_messages(asked) == messages
@@ -1055,6 +1055,7 @@ BAD_DIALOGUES = [
     ({"messages": say("a", "b"), "system": ["c"]}, "message 1 is not a string"),
     ({"messages": say("a", "b"), "label": False}, '"label" is not supported'),
     ({"messages": say("a", "b"), "tools": [{}]}, '"tools" is not supported'),
+    ({"messages": say("a", "b"), "weight": 0}, '"weight" is not supported'),
     ({"instruction": "a", "output": "b", "images": ["c.png"]}, '"images" is not supported'),
     ({"messages": [dict(say("a")[0], loss_mask=0)]}, '"loss_mask" is not supported'),
     ({"messages": [dict(say("a", "b")[1], tool_calls=[{}])]}, '"tool_calls" is not supported'),
