@@ -66,7 +66,7 @@ def tok(tmp_path_factory):
     path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
     rng = random.Random(0)
     texts = [world.story(rng) + "\n" + world.sums(rng) for _ in range(200)]
-    corpus.train_tokenizer(texts, 400, path)
+    path.write_bytes(corpus.train_tokenizer(texts, 400))
     return Tokenizer(path)
 
 
@@ -74,7 +74,7 @@ def tok(tmp_path_factory):
 def letters(tmp_path_factory):
     """A tokenizer without merges: a piece a character, so that layouts can be written by hand."""
     text, path = "[INST] <<SYS>> hi yo no be ok </>", tmp_path_factory.mktemp("chars") / "t.model"
-    corpus.train_tokenizer([text], 259 + len(set(text)), path)
+    path.write_bytes(corpus.train_tokenizer([text], 259 + len(set(text))))
     return Tokenizer(path)
 
 
@@ -445,7 +445,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
 def test_a_tokenizer_of_texts_without_spaces_or_of_one_long_line_brings_spaces_back(
     tmp_path, text, size
 ):
-    corpus.train_tokenizer([text], size, tmp_path / "t.model")
+    (tmp_path / "t.model").write_bytes(corpus.train_tokenizer([text], size))
     tok = Tokenizer(tmp_path / "t.model")
     assert tok.decode(tok.encode("a b  c\n d")) == "a b  c\n d"
 
@@ -753,8 +753,10 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
         file.write(b"ne")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="disk full"):
         llama2.write_atomic(path, half)
+    with pytest.raises(OSError, match=r"written \(No such file or directory\): .*gone"):
+        llama2.write_atomic(tmp_path / "gone/f", half)
     assert path.read_bytes() == b"old"
 
 

@@ -119,9 +119,10 @@ def main(config: Settings) -> dict:
     device, _, _ = setup(config.device)
     if not config.folders:
         raise ValueError("which reward models? name their folders")
-    models, first = {}, config.folders[0]
-    _, tok = load(first, device, kind=RewardModel)
-    for name, folder in name_folders(config.folders).items():
+    (name, first), *others = name_folders(config.folders).items()
+    model, tok = load(first, device, kind=RewardModel)
+    models = {name: model}
+    for name, folder in others:
         models[name] = load_fitting(folder, device, RewardModel, tok, first)
     context = min(model.args.max_seq_len for model in models.values())
     pairs = read_pairs(config, tok, context)

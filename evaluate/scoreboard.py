@@ -123,9 +123,10 @@ def main(config: Settings) -> dict:
     reward_models = load_reward_models(config.rm, reference, tok, device, config.against)
     models = {}
     for name, folder in name_folders([*config.folders, config.against]).items():
-        models[name] = load_fitting(folder, device, Transformer, tok, config.against)
         if folder == Path(config.against):
-            against = name
+            models[name], against = reference, name
+        else:
+            models[name] = load_fitting(folder, device, Transformer, tok, config.against)
     truths = read_truths(config.prompts)
     context = min(model.args.max_seq_len for model in models.values())
     prompts = [to_prompt(asked, tok, context) for asked in truths]
