@@ -2813,6 +2813,17 @@ def test_a_reader_that_has_seen_enough_ends_a_run_without_a_traceback(tmp_path, 
     assert process.wait() == 141
 
 
+def test_a_signal_that_comes_while_processes_talk_is_not_lost(tmp_path, monkeypatch):
+    run_ = runs.Run(tmp_path, sft.Settings(save_every=1000))
+
+    def gather_slowly(rows):
+        run_.asked_to_stop = True       # what the signal's handler does, at the worst moment
+        return rows
+
+    monkeypatch.setattr(runs, "all_gather", gather_slowly)
+    assert [run_.save_due(1), run_.save_due(2)] == [False, True]
+
+
 def test_all_processes_stop_at_one_step_when_torchrun_is_told_to(tmp_path, inputs):
     _, config = stage("sft", inputs, tmp_path / "out", epochs=500)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sft.py"]
