@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -148,8 +149,9 @@ def inputs(tmp_path_factory, tok, base, judges, town):
     )
 
 
-OFTEN = dict(log_every=1, save_every=2, device="cpu")
-RLHF = dict(samples=2, temperatures=(1.0,), max_new_tokens=6, micro_batch=4, device="cpu")
+HERE_AND_EXACT = dict(device="cpu", dtype="float32")
+OFTEN = dict(log_every=1, save_every=2, **HERE_AND_EXACT)
+RLHF = dict(samples=2, temperatures=(1.0,), max_new_tokens=6, micro_batch=4, **HERE_AND_EXACT)
 STAGES = ("pretrain", "sft", "rm", "rejection-sampling", "ppo")
 SCRIPTS = {"pretrain": pretrain, "sft": sft, "rm": reward}
 
@@ -1515,7 +1517,7 @@ def collecting(inputs, out, **changes):
     return preferences.Settings(
         **dict(
             chat=inputs.base, other=inputs.base, prompts=(inputs.prompts,), out=str(out),
-            max_new_tokens=4, device="cpu",
+            max_new_tokens=4, **HERE_AND_EXACT,
         )
         | changes
     )
@@ -1668,7 +1670,7 @@ def test_each_sampled_dialogue_gives_itself_and_beginnings_that_fit(tok):
 def test_ghost_attention_writes_dialogues_from_ones_own(tmp_path, base, monkeypatch, capsys):
     dialogs = [dict(messages=say("One?", "It is.", f"Two {i}?", "It is.")) for i in range(8)]
     config = ghost_attention.Settings(
-        chat=str(base), out=str(tmp_path / "g.jsonl"), max_new_tokens=6, device="cpu",
+        chat=str(base), out=str(tmp_path / "g.jsonl"), max_new_tokens=6, **HERE_AND_EXACT,
         data=(str(write_jsonl(tmp_path / "d.jsonl", dialogs)),),
         instructions=(str(write_jsonl(tmp_path / "i.jsonl", [FOX])),),
     )
@@ -1712,7 +1714,7 @@ def test_the_gate_learns_exactly_the_answers_that_are_scored_higher(
     asked = [dict(prompt=f"q{i}") for i in range(3)]
     asked += [dict(prompt=say("q3", system="Answer all.")), dict(prompt="Too long. " * 99)]
     config = distillation.Settings(
-        chat=str(base), rm=str(judges / "safety"), out=str(tmp_path / "d.jsonl"), device="cpu",
+        chat=str(base), rm=str(judges / "safety"), out=str(tmp_path / "d.jsonl"), **HERE_AND_EXACT,
         data=(str(write_jsonl(tmp_path / "p.jsonl", asked)),),
         pre_prompts=(str(write_jsonl(tmp_path / "i.jsonl", [{"instruction": "You are a cat."}])),),
     )
@@ -2161,7 +2163,7 @@ def test_a_score_depends_on_its_dialogue_alone(tok):
 def test_a_reward_model_knows_what_the_chat_model_knows(tmp_path, base):
     """All weights but the head's are those of the chat model; saved, it loads as what it is."""
     chat, tok = load(base)
-    model, _ = reward.make_reward_model(str(base), "cpu", seed=0)
+    model, _ = reward.make_reward_model(str(base), "cpu", "float32", seed=0)
     tokens = torch.randint(300, (2, 9))
     assert torch.equal(model.hidden(tokens), chat.hidden(tokens))
     save(tmp_path / "rm", model, tok)
@@ -2172,7 +2174,7 @@ def test_a_reward_model_knows_what_the_chat_model_knows(tmp_path, base):
     assert "output.weight" not in again.state_dict()
     with pytest.raises(ValueError, match="holds a reward model, expected a language model"):
         load(tmp_path / "rm", kind=Transformer)
-    later, _ = reward.make_reward_model(str(tmp_path / "rm"), "cpu", seed=5)
+    later, _ = reward.make_reward_model(str(tmp_path / "rm"), "cpu", "float32", seed=5)
     assert torch.equal(later(tokens), model(tokens))  # a later round goes on with it
 
 
@@ -2290,7 +2292,7 @@ def test_logprobs_and_values_stand_where_the_drawing_says():
 def ppo_models(tok, judges, **changes):
     config = rlhf.Settings(method="ppo", batch_size=12, mini_batch=12, **RLHF | changes)
     policy = make_model(vocab_size=tok.vocab_size)
-    models = rlhf.load_reward_models(judges, policy, tok, "cpu", "policy")
+    models = rlhf.load_reward_models(judges, policy, tok, "policy")
     folder = runs.Run(tempfile.mkdtemp(), config)
     learner, _ = rlhf.begin_ppo(policy, models, config, folder)
     asked = prompts.preference_prompts(world.town(1), 12)
@@ -2405,7 +2407,7 @@ def test_the_best_finished_answer_of_each_prompt_is_kept(tok, judges):
     """By slow loops: of K answers that of the highest reward, none that was cut off."""
     policy = make_model(vocab_size=tok.vocab_size)
     policy.output.weight.data[tok.eos_id] *= 3
-    models = rlhf.load_reward_models(judges, policy, tok, "cpu", "policy")
+    models = rlhf.load_reward_models(judges, policy, tok, "policy")
     asked = prompts.preference_prompts(world.town(1), 10)
     asked = [records.to_prompt(one, tok, 64) for one in asked]
     config = rlhf.Settings(**RLHF | dict(samples=8, max_new_tokens=20))
@@ -2436,7 +2438,8 @@ def test_the_best_finished_answer_of_each_prompt_is_kept(tok, judges):
 
 
 def test_the_pool_keeps_the_best_of_all_versions(tok, judges):
-    models = rlhf.load_reward_models(judges, make_model(vocab_size=tok.vocab_size), tok, "cpu", "x")
+    policy = make_model(vocab_size=tok.vocab_size)
+    models = rlhf.load_reward_models(judges, policy, tok, "policy")
 
     def answer(text, *tokens):
         return records.Answer(records.Prompt(text, False, [1, 5]), [*tokens, 2], True)
@@ -2471,13 +2474,13 @@ def test_reward_models_have_to_fit_the_policy(tmp_path, tok, letters, judges, ca
     other = RewardModel(replace(ARGS, vocab_size=letters.vocab_size))
     save(tmp_path / "other/helpfulness", other, letters)
     with pytest.raises(ValueError, match="other/helpfulness has another tokenizer than policy"):
-        rlhf.load_reward_models(tmp_path / "other", policy, tok, "cpu", "policy")
+        rlhf.load_reward_models(tmp_path / "other", policy, tok, "policy")
     policy.args = replace(policy.args, max_seq_len=257)
     with pytest.raises(ValueError, match="reads 256 tokens at most"):
-        rlhf.load_reward_models(judges, policy, tok, "cpu", "policy")
+        rlhf.load_reward_models(judges, policy, tok, "policy")
     save(tmp_path / "alone/helpfulness", make_reward_model(tok), tok)
     policy.args = replace(policy.args, max_seq_len=64)
-    models = rlhf.load_reward_models(tmp_path / "alone", policy, tok, "cpu", "policy")
+    models = rlhf.load_reward_models(tmp_path / "alone", policy, tok, "policy")
     assert list(models) == ["helpfulness"]
     assert "the helpfulness model alone gives the rewards" in capsys.readouterr().out
     found = rlhf.score(models, [answer_of([1, 5, 6, 2], 2, is_safety=True)])
@@ -2565,7 +2568,7 @@ def test_the_examination_of_obedience_reads_its_own_answers_behind_one_instructi
     one = dict(group="trained", instruction="Be the fox.", rules=[FOX], prompts=asked)
     path = write_jsonl(tmp_path / "o.jsonl", [one, one])
     config = answers.Settings(
-        folders=(str(base),), obedience=str(path), max_new_tokens=9, device="cpu"
+        folders=(str(base),), obedience=str(path), max_new_tokens=9, **HERE_AND_EXACT
     )
     (groups,) = answers.main(config).values()
     found = groups["trained"]
@@ -2578,7 +2581,7 @@ def test_the_examination_of_obedience_reads_its_own_answers_behind_one_instructi
 
 def test_models_and_ppos_samples_are_examined_by_the_truth(tmp_path, inputs, base, town, capsys):
     held_out = str(write_jsonl(tmp_path / "h.jsonl", town["held-out"][::12]))
-    config = answers.Settings(folders=(str(base),), prompts=held_out, device="cpu", show=1)
+    config = answers.Settings(folders=(str(base),), prompts=held_out, **HERE_AND_EXACT, show=1)
     columns = answers.main(replace(config, json=str(tmp_path / "a.json")))
     assert [list(column)[0] for column in columns.values()] == ["facts right"] * 2
     assert json.loads((tmp_path / "a.json").read_text()) == columns
@@ -2588,7 +2591,7 @@ def test_models_and_ppos_samples_are_examined_by_the_truth(tmp_path, inputs, bas
     board = scoreboard.main(
         scoreboard.Settings(
             folders=(str(short), str(base)), against=str(base), rm=inputs.judges, prompts=held_out,
-            max_new_tokens=5, device="cpu",
+            max_new_tokens=5, **HERE_AND_EXACT,
         )
     )
     row, same = board["sampled"].values()
@@ -2626,7 +2629,7 @@ def test_a_file_to_examine_by_that_does_not_fit_is_named_with_its_line(
     path = tmp_path / "f.jsonl"
     path.write_text("\n" + line + "\n")
     files = {"prompts": inputs.val_prompts, option: str(path)}
-    config = answers.Settings(folders=(str(base),), device="cpu", **files)
+    config = answers.Settings(folders=(str(base),), **HERE_AND_EXACT, **files)
     place = "f.jsonl:2" if line[0] != "[" else "f.jsonl"
     expect_one_line(capsys, monkeypatch, config, answers, place, words)
 
@@ -2653,7 +2656,7 @@ def test_models_that_are_examined_or_joined_must_read_the_same_tokens(
         more |= dict(data=[inputs.prompts]) if script is distillation else {}
         found = {name: tuple(map(str, value)) if isinstance(value, list) else str(value)
                  for name, value in (settings | more).items()}
-        config = script.Settings(device="cpu", **found)
+        config = script.Settings(**HERE_AND_EXACT, **found)
         expect_one_line(capsys, monkeypatch, config, script, words)
 
 
@@ -2683,15 +2686,24 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(capsys):
     assert llama2.say(pieces()) == "half"
 
 
-def test_a_chat_through_a_pipe_survives_what_people_type(base, judges):
-    lines = "Hello.\n/system Be kind.\nWho are you?\n[INST] me\n/what\n/reset\n" + "Hi.\n" * 25
-    options = ("--max-new-tokens", 8, "--temperature", 0, "--reward", judges / "safety")
-    done = run("llama2.py", "chat", base, *options, input=lines + "/quit\nnever\n")
-    assert "a new dialogue, system message: Be kind." in done.stdout
-    assert "contains [INST]" in done.stdout
-    assert done.stdout.count("/quit ends") == 2
-    assert "the context of 256 tokens is full: the oldest" in done.stdout
-    assert done.stdout.count("(reward ") == 27
+def typed(monkeypatch, lines: bytes):
+    """Standard input, as through a pipe in a UTF-8 locale."""
+    text = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", text)
+
+
+def test_a_chat_through_a_pipe_survives_what_people_type(base, judges, monkeypatch, capsys):
+    lines = b"Hello.\n/system Be kind.\nWho are you?\ncaf\xe9\n[INST] me\n/what\n/reset\n"
+    typed(monkeypatch, lines + b"Hi.\n" * 25 + b"/quit\nnever\n")
+    options = ("--max-new-tokens", "8", "--temperature", "0", "--reward", str(judges / "safety"))
+    llama2.main(["chat", str(base), *options])
+    said = capsys.readouterr().out
+    assert "a new dialogue, system message: Be kind." in said
+    assert "contains [INST]" in said
+    assert "surrogates not allowed" in said     # bytes that are no text
+    assert said.count("/quit ends") == 2
+    assert "the context of 256 tokens is full: the oldest" in said
+    assert said.count("(reward ") == 27
     assert "usage" in run("llama2.py", "--help").stdout
 
 
@@ -2714,15 +2726,6 @@ def test_a_mistake_at_the_command_line_of_llama2_is_one_line(base, judges, capsy
     error = capsys.readouterr().err
     assert (e.value.code, error.count("\n")) == (2, 1)
     assert words in error
-
-
-def test_bytes_that_are_no_text_do_not_end_a_chat(base):
-    process = subprocess.run(
-        [sys.executable, "llama2.py", "chat", base, "--max-new-tokens", "3"], cwd=HERE,
-        input=b"caf\xe9\nHello.\n", capture_output=True, env=os.environ | {"PYTHONUTF8": "1"},
-    )
-    assert process.returncode == 0, process.stderr
-    assert b"surrogates not allowed" in process.stdout
 
 
 # ----------------------------------------------------------- contracts that every stage keeps
@@ -2896,27 +2899,51 @@ def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(tmp_pat
     assert losses(whole.out) == losses(cut.out)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_two_processes_train_like_one(tmp_path, inputs, name):
-    """With given answers, for each process samples, and deals mini-batches, on its own."""
-    _, one = stage(name, inputs, tmp_path / "one")
-    if name == "ppo":
-        one = replace(one, mini_batch=8, iterations=3)
-    script = tmp_path / "script.py"
-    module = SCRIPTS.get(name, rlhf).__name__
-    script.write_text(
-        f"import sys; sys.path.insert(0, '.')\nimport train_rlhf, {module} as script\n"
-        "from common.run import run_script\n"
-        "train_rlhf.generate = lambda m, prompts, n, t, p, seed, eos_id: "
-        "[[5 + len(p) % 7, 9 + sum(p) % 5, eos_id] for p in prompts]\n"
-        "run_script(script.main, script.Settings, script.PAPER)\n"
-    )
-    two = replace(one, out=str(tmp_path / "two"))
+GIVEN_ANSWERS = """import sys
+import train_pretrain, train_rlhf, train_rm, train_sft
+from common.run import parse_settings
+train_rlhf.generate = lambda model, prompts, *_: [
+    [5 + len(p) % 7, 9 + sum(p) % 5, 2] for p in prompts]
+for line in open(sys.argv[1]):
+    name, *argv = line.rstrip("\\n").split("\\t")
+    script = globals()[name]
+    script.main(parse_settings(script.Settings, {}, "", argv))
+"""
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory, inputs):
+    """{stage: (its settings for one process, for two)}, all of them run.
+
+    With given answers, for each process samples on its own.
+    """
+    folder, settings, lines = tmp_path_factory.mktemp("processes"), {}, {"one": "", "two": ""}
+    for name in STAGES:
+        pair = []
+        for count in lines:
+            script, config = stage(name, inputs, folder / name / count)
+            if name == "ppo":
+                config = replace(config, mini_batch=8, iterations=3)
+            pair.append(config)
+            lines[count] += "\t".join([script.__name__, *flags(config)]) + "\n"
+        settings[name] = pair
+    (folder / "script.py").write_text(GIVEN_ANSWERS)
+    for count, text in lines.items():
+        (folder / count).write_text(text)
+    here, script = os.environ | {"PYTHONPATH": str(HERE)}, folder / "script.py"
     alone = subprocess.Popen(
-        [sys.executable, script, *flags(one)], cwd=HERE, stdout=subprocess.DEVNULL
+        [sys.executable, script, folder / "one"], env=here, stdout=subprocess.DEVNULL
     )
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags(two))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    run(*torchrun, script, folder / "two", env=here)
     assert alone.wait() == 0
+    return settings
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_processes_train_like_one(one_and_two, inputs, name):
+    """As mini-batches are dealt and cut."""
+    one, two = one_and_two[name]
     logs = [logged(folder_of(config)) for config in (one, two)]
     assert len(logs[0]) == len(logs[1]) > 0
     for a, b in zip(*logs):
@@ -3019,19 +3046,20 @@ def test_a_damaged_file_of_a_run_is_named_in_one_line(
 
 
 @pytest.mark.parametrize("limit", [20_000, 400_000])
-def test_a_full_disk_ends_a_run_in_one_line_and_what_was_saved_goes_on(tmp_path, inputs, limit):
+def test_a_full_disk_ends_a_run_in_one_line_and_what_was_saved_goes_on(
+    tmp_path, inputs, limit, capsys, monkeypatch
+):
     """A limit to the size of a file stands in for it: for the log, or for the weights."""
     _, config = stage("sft", inputs, tmp_path / "out", epochs=4)
     sft.main(whole := replace(config, out=str(tmp_path / "whole")))
-    script = f"""import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-import train_sft, common.run
-sys.argv[0] = "train_sft.py"
-common.run.run_script(train_sft.main, train_sft.Settings, {{}})"""
-    done = run("-c", script, *flags(config), check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "disk full" in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        expect_one_line(capsys, monkeypatch, config, sft, "disk full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     sft.main(replace(config, resume=True))
     assert furthest(weights(whole.out), weights(config.out)) == 0
 

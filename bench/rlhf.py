@@ -79,7 +79,7 @@ def curves(seeds):
     start, config, found = paper(seeds[0]), Settings(samples=64), {}
     for name, folder in (("SFT", "sft"), ("V5", "rlhf/v5")):
         policy, tok = load(start / folder)
-        models = load_reward_models(start / "rm/v5", policy, tok, "cpu", start / folder)
+        models = load_reward_models(start / "rm/v5", policy, tok, start / folder)
         prompts = read_prompts([start / "tinytown/prompts-val.jsonl"], tok, 256)[:64]
         for temperature in (0.6, 0.8, 1.0, 1.2, 1.4):
             _, _, rewards = sample_k(policy, tok, models, prompts, temperature, 1, config)

@@ -22,7 +22,7 @@ from common.run import check_settings, claim_file, load_fitting, run_script, wei
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import (Unusable, assistant_says, files_of, given, prompt_of, read_instructions,
                           read_some, to_messages, write_made)
-from llama2 import RewardModel, Transformer, encode_dialog, load, respond, score
+from llama2 import Dtype, RewardModel, Transformer, encode_dialog, load, respond, score
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Settings:
     temperature: float = 0.3    # of the answers
     max_new_tokens: int = 48    # of an answer
     device: str = "auto"        # cuda, mps or cpu
+    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     # what is written
     gate: bool = True           # --no-gate: learn all distilled answers, to see the difference
     out: str = "out/distill/dialogues.jsonl"    # dialogues for train_sft.py
@@ -80,8 +81,8 @@ def main(config: Settings):
     device, rank, _ = setup(config.device)
     files = files_of(config.data) + files_of(config.pre_prompts)
     made_of = claim_file(config.out, config, files + weights_of(config.chat, config.rm))
-    model, tok = load(config.chat, device, kind=Transformer)
-    safety_model = load_fitting(config.rm, device, RewardModel, tok, config.chat)
+    model, tok = load(config.chat, device, config.dtype, Transformer)
+    safety_model = load_fitting(config.rm, RewardModel, model, tok, config.chat)
     pre_prompts = read_instructions(config.pre_prompts, tok, config.skip_bad)
     rng = random.Random(f"pre-prompts {config.seed}")
 

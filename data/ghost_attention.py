@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from common.run import check_settings, claim_file, run_script, weights_of
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import files_of, read_instructions, read_some, to_messages, write_made
-from llama2 import Transformer, encode_dialog, load, respond
+from llama2 import Dtype, Transformer, encode_dialog, load, respond
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Settings:
     temperature: float = 0.3    # of the answers
     max_new_tokens: int = 48    # of an answer
     device: str = "auto"        # cuda, mps or cpu
+    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     # what is written
     context: int = 1024         # tokens of a dialogue, at most
     beginnings: int = 3         # of each dialogue, to learn from beside it
@@ -137,7 +138,7 @@ def main(config: Settings):
     device, rank, _ = setup(config.device)
     files = files_of(config.data) + files_of(config.instructions) + weights_of(config.chat)
     made_of = claim_file(config.out, config, files)
-    model, tok = load(config.chat, device, kind=Transformer)
+    model, tok = load(config.chat, device, config.dtype, Transformer)
 
     def parse(record):
         messages = to_messages(record)

@@ -24,7 +24,7 @@ from common.run import (Finished, check_settings, claim_file, load_fitting, run_
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import (RATINGS, as_messages, files_of, read_objects, read_some,
                           to_prompt, write_made, write_records)
-from llama2 import Transformer, load, respond
+from llama2 import Dtype, Transformer, load, respond
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Settings:
     temperatures: tuple = (0.7, 1.0, 1.2)       # of the answers, in all combinations
     max_new_tokens: int = 90    # of an answer
     device: str = "auto"        # cuda, mps or cpu
+    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     # prompts and annotator
     prompts: tuple = ("out/tinytown/compare-v1.jsonl",)     # {"prompt", "is_safety"}, one a line
     skip_bad: bool = False      # leave out records that do not fit, and count them
@@ -81,8 +82,8 @@ def collect(variants, tok, prompts, seed: int, config) -> list[list[str]]:
 
 def load_variants(config, device):
     """([chat model, second variant], tokenizer)."""
-    chat, tok = load(config.chat, device, kind=Transformer)
-    other = load_fitting(config.other, device, Transformer, tok, config.chat)
+    chat, tok = load(config.chat, device, config.dtype, Transformer)
+    other = load_fitting(config.other, Transformer, chat, tok, config.chat)
     shapes = [replace(model.args, max_seq_len=1) for model in (chat, other)]
     if config.blend and shapes[0] != shapes[1]:
         raise ValueError(f"{config.other} is not of the shape of {config.chat}: --blend 0")

@@ -19,7 +19,7 @@ from common.training import setup
 from data.ghost_attention import obeys
 from data.records import as_messages, read_objects, user_says
 from evaluate import name_folders, percent_table, read_truths
-from llama2 import Transformer, encode_dialog, generate, load, respond, write_json
+from llama2 import Dtype, Transformer, encode_dialog, generate, load, respond, write_json
 from tinytown.annotator import judge, quality, without_marks
 from tinytown.prompts import TOPICS
 
@@ -38,6 +38,7 @@ class Settings:
     seed: int = 0               # of the sampling
     show: int = 0               # answers of each topic to print, of the last model
     device: str = "auto"        # cuda, mps or cpu
+    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     json: str = ""              # file to write the figures to
 
 
@@ -80,7 +81,7 @@ def examine_answers(config, device) -> dict:
     dialogs = [as_messages(asked["prompt"]) for asked in prompts]
     columns, texts = {}, []
     for name, folder in name_folders(config.folders).items():
-        model, tok = load(folder, device, kind=Transformer)
+        model, tok = load(folder, device, config.dtype, Transformer)
         for mode, temperature in (("", 0.0), (", T=1", 1.0)):
             texts.append(respond(model, tok, dialogs, config.max_new_tokens, temperature,
                                  config.seed))
@@ -113,7 +114,7 @@ def examine_recall(config, device) -> dict:
         raise ValueError(f"{config.probes}: holds no probe")
     found = {}
     for name, folder in name_folders(config.folders).items():
-        model, tok = load(folder, device, kind=Transformer)
+        model, tok = load(folder, device, config.dtype, Transformer)
         found[name] = recall(model, tok, probes)
         print(f"{name}: facts recalled {found[name]:.1%} of {len(probes)} probes, each worded as "
               "no text it was trained on words that fact")
@@ -159,7 +160,7 @@ def examine_obedience(config, device) -> dict:
 
     found = {}
     for name, folder in name_folders(config.folders).items():
-        model, tok = load(folder, device, kind=Transformer)
+        model, tok = load(folder, device, config.dtype, Transformer)
         answers = hold_conversations(model, tok, dialogs, config)
         found[name] = {}
         for group in groups:

@@ -15,7 +15,7 @@ from common.run import load_fitting, run_script
 from common.training import setup
 from data.records import KINDS, RATINGS, read_records, to_pair
 from evaluate import name_folders, read_truths, wilson
-from llama2 import RewardModel, load, score_rows, write_json
+from llama2 import Dtype, RewardModel, load, score_rows, write_json
 from tinytown.annotator import annotators, compare, gwet_ac2, on_scale
 from train_rm import encode_pair
 
@@ -29,6 +29,7 @@ class Settings:
     truths: str = ""            # the prompts of --data with their truth: how far annotators agree
     seed: int = 1               # of those annotators
     device: str = "auto"        # cuda, mps or cpu
+    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     json: str = ""              # file to write the figures to
 
 
@@ -120,10 +121,10 @@ def main(config: Settings) -> dict:
     if not config.folders:
         raise ValueError("which reward models? name their folders")
     (name, first), *others = name_folders(config.folders).items()
-    model, tok = load(first, device, kind=RewardModel)
+    model, tok = load(first, device, config.dtype, RewardModel)
     models = {name: model}
     for name, folder in others:
-        models[name] = load_fitting(folder, device, RewardModel, tok, first)
+        models[name] = load_fitting(folder, RewardModel, model, tok, first)
     context = min(model.args.max_seq_len for model in models.values())
     pairs = read_pairs(config, tok, context)
 

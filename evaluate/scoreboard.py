@@ -16,7 +16,7 @@ from common.run import check_settings, load_fitting, run_script
 from common.training import setup
 from data.records import to_prompt
 from evaluate import name_folders, read_truths, wilson
-from llama2 import Transformer, by_length, load, score_rows, text_after, write_json
+from llama2 import Dtype, Transformer, by_length, load, score_rows, text_after, write_json
 from tinytown.annotator import annotators, compare, gwet_ac2, judge, on_scale, quality
 from tinytown.prompts import TOPICS
 from train_rlhf import answer_logprobs, generate_answers, load_reward_models, make_rollout
@@ -34,6 +34,7 @@ class Settings:
     max_new_tokens: int = 90    # of an answer
     seed: int = 1               # of the sampling and the annotators
     device: str = "auto"        # cuda, mps or cpu
+    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     json: str = ""              # file to write the figures to
 
 
@@ -119,14 +120,14 @@ def main(config: Settings) -> dict:
     """Print the scoreboard; returns {"greedy" or "sampled": {model: figures}}."""
     check_settings(config)
     device, _, _ = setup(config.device)
-    reference, tok = load(config.against, device, kind=Transformer)
-    reward_models = load_reward_models(config.rm, reference, tok, device, config.against)
+    reference, tok = load(config.against, device, config.dtype, Transformer)
+    reward_models = load_reward_models(config.rm, reference, tok, config.against)
     models = {}
     for name, folder in name_folders([*config.folders, config.against]).items():
         if folder == Path(config.against):
             models[name], against = reference, name
         else:
-            models[name] = load_fitting(folder, device, Transformer, tok, config.against)
+            models[name] = load_fitting(folder, Transformer, reference, tok, config.against)
     truths = read_truths(config.prompts)
     context = min(model.args.max_seq_len for model in models.values())
     prompts = [to_prompt(asked, tok, context) for asked in truths]
