@@ -7,10 +7,11 @@
 # Run it again at any time: what is finished is not run again, what was interrupted goes on.
 set -eo pipefail
 OUT=${OUT:-out} SEED=${SEED:-1} TOWN=${OUT:-out}/tinytown
-say() { printf '\n== %s s: %s\n' $SECONDS "$*"; ${PYTHON:-python3} "$@"; }
+say() { printf '\n== %s s: %s\n' $SECONDS "$*"; env $threads ${PYTHON:-python3} "$@"; }
 run() { say "$@" --seed "$SEED"; }
-examine() { run -m "$@" | tee -a "$OUT/summary.txt"; }
-mkdir -p "$OUT" && rm -f "$OUT/summary.txt"
+examine() { run -m "$@" | tee -a "$summary"; }
+summary=$OUT/summary.txt threads=       # as many as there are cores
+mkdir -p "$OUT" && rm -f "$OUT"/summary*.txt
 
 # Tinytown: texts, dialogues, prompts of a world whose truth is known
 run -m tinytown "$TOWN"
@@ -30,7 +31,8 @@ examine evaluate.answers "$OUT/pretrain" "$OUT/sft" --prompts "$TOWN/held-out.js
 chat=$OUT/sft other=$OUT/pretrain blend=0.7     # before V1, the other is 70% of the way to chat
 helpfulness=$OUT/sft safety=$OUT/sft rm_lr=5e-4
 replay=() earlier=()
-for v in 1 2 3 4 5; do
+a_round() {
+    v=$1
     run -m data.preferences --chat "$chat" --other "$other" --blend $blend \
         --prompts "$TOWN/compare-v$v.jsonl" --out "$OUT/preferences/v$v.jsonl"
     for kind in helpfulness safety; do
@@ -51,27 +53,45 @@ for v in 1 2 3 4 5; do
     other=$chat chat=$OUT/rlhf/v$v blend=0
     helpfulness=$OUT/rm/v$v/helpfulness safety=$OUT/rm/v$v/safety rm_lr=3e-4
     replay+=("$OUT/preferences/v$v.jsonl:0.15") earlier+=("$OUT/rlhf/v$v")
-done
+}
+for v in 1 2 3; do a_round $v; done
+
+# §3.3: Ghost Attention, from V3 on. First V3 learns to follow an instruction of the same message,
+# and that dialogues may be long; then to keep to an instruction of the first message. The best
+# answers so far and texts of §2 keep it from forgetting
+ghost_attention() {
+    ordinary=("$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl")
+    run train_sft.py --resume --no-pack --init "$OUT/rlhf/v3" --seq-len 1024 --epochs 1 \
+        --data "$TOWN/instructed.jsonl" "$TOWN/long-dialogues.jsonl:0.2" "${ordinary[@]}" \
+        --out "$OUT/instructed"
+    run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
+        --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
+    run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
+        --data "$OUT/gatt/dialogues.jsonl" "$TOWN/instructed.jsonl:0.2" "${ordinary[@]}" \
+        --batch-size 8 --out "$OUT/gatt"
+    examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --max-new-tokens 48 \
+        --obedience "$TOWN/obedience.jsonl"
+    examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
+}
+# The next rounds do not need it, so they run beside it, each of the two on half of the cores: a
+# model so small keeps one core busy, and two not quite
+threads=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
+ghost_log=$OUT/ghost-attention.log
+printf '\n== %s s: beside what follows, Ghost Attention: see %s\n' $SECONDS "$ghost_log"
+set -m      # in a group of its own, which ends where this script ends: trained so far is saved
+(summary=$OUT/summary-ghost.txt ghost_attention) > "$ghost_log" 2>&1 &
+set +m
+ghost=$!
+trap 'kill -- -$ghost 2> /dev/null || true' EXIT
+
+for v in 4 5; do a_round $v; done
+wait $ghost || { cat "$ghost_log"; exit 1; }
+threads=
 examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
 examine evaluate.scoreboard "$OUT/pretrain" "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} \
     --against "$OUT/sft" --rm "$OUT/rm/v5" --prompts "$TOWN/held-out.jsonl" \
     --json "$OUT/scoreboard.json"
-
-# §3.3: Ghost Attention, after V3. First V3 learns to follow an instruction of the same message, and
-# that dialogues may be long; then to keep to an instruction of the first message. The best answers
-# so far and texts of §2 keep it from forgetting
-ordinary=("$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl")
-run train_sft.py --resume --no-pack --init "$OUT/rlhf/v3" --seq-len 1024 --epochs 1 \
-    --data "$TOWN/instructed.jsonl" "$TOWN/long-dialogues.jsonl:0.2" "${ordinary[@]}" \
-    --out "$OUT/instructed"
-run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
-    --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
-run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
-    --data "$OUT/gatt/dialogues.jsonl" "$TOWN/instructed.jsonl:0.2" "${ordinary[@]}" \
-    --batch-size 8 --out "$OUT/gatt"
-examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --max-new-tokens 48 \
-    --obedience "$TOWN/obedience.jsonl"
-examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
+cat "$OUT/summary-ghost.txt" >> "$summary"
 
 printf '\n\nWhat came of it, once more:\n'
-cat "$OUT/summary.txt"
+cat "$summary"

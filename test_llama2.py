@@ -245,6 +245,7 @@ def test_the_papers_sizes_have_the_papers_parameter_counts(size, count):
     (dict(n_heads=4, n_kv_heads=3), "n_heads=4.*n_kv_heads=3"),
     (dict(dim=12, n_heads=4), "head of 3"), (dict(n_layers=0), "n_layers=0"),
     (dict(vocab_size=2.5), "vocab_size=2.5"), (dict(norm_eps=0), "norm_eps=0"),
+    (dict(n_kv_heads=1.0), "n_kv_heads=1.0 must be a whole number"), (dict(dim="8"), "dim='8'"),
     (dict(ffn_dim_multiplier=-1), "ffn_dim_multiplier=-1"),
 ])
 def test_an_impossible_shape_is_refused_by_field(bad, named):
@@ -259,7 +260,7 @@ def test_rmsnorm_by_hand_and_in_float32():
         norm(torch.tensor([3.0, 4.0])), torch.tensor([2 * 3, 3 * 4]) / math.sqrt(12.5), atol=1e-5
     )
     tiny = torch.full((64,), 1e-4, dtype=torch.float16)  # its square is zero in float16
-    ours = RMSNorm(64, eps=1e-12)(tiny)
+    ours = RMSNorm(64, eps=1e-12).half()(tiny)
     assert torch.allclose(ours.float(), torch.ones(64), atol=1e-2)
 
 
@@ -397,6 +398,51 @@ def test_logits_equal_those_of_transformers(n_kv_heads):
     peer.load_state_dict(state)
     tokens = torch.randint(300, (2, 30))
     assert (peer(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind, has, expected", [
+    ("cpu", True, "bfloat16"), ("cpu", False, "float32"), ("cuda", True, "bfloat16"),
+    ("cuda", False, "float32"), ("mps", True, "float32"),
+])
+def test_auto_is_bfloat16_where_the_device_multiplies_it(monkeypatch, kind, has, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    assert llama2.matmul_dtype("auto", kind) == expected
+    assert [llama2.matmul_dtype(dtype, kind) for dtype in ("float32", "bfloat16")] == [
+        "float32", "bfloat16"]
+
+
+def test_in_bfloat16_products_are_rounded_and_weights_and_gradients_are_not():
+    model, tokens = make_model(n_kv_heads=2), torch.randint(64, (2, 20))
+    exact, seen = model(tokens), {}
+    for name in ("layers.0.attention.wq", "layers.0.attention_norm", "norm"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y.dtype}))
+    model.matmul_dtype = "bfloat16"
+    rounded = model(tokens)
+    assert seen == {"layers.0.attention.wq": torch.bfloat16, "norm": torch.float32,
+                    "layers.0.attention_norm": torch.float32}
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.float() - exact).abs().max() / exact.abs().max()
+    assert 1e-5 < error < 0.05
+    pretrain.next_token_loss(rounded, tokens).backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_in_bfloat16_decoding_with_the_cache_follows_the_whole_forward_pass(short):
+    """short: the weights too, as in a chat. Where two tokens are almost alike, either may come."""
+    model, prompts = make_model(), [[1, 5, 6], [1, 7, 8, 9, 10]]
+    model.matmul_dtype = "bfloat16"
+    model.to(torch.bfloat16 if short else torch.float32)
+    outs = generate(model, prompts, 20, temperature=0)
+    for prompt, out in zip(prompts, outs):
+        assert len(out) == 20
+        logits = model(torch.tensor([prompt + out]))[0, len(prompt) - 1:-1].float()
+        chosen = logits.gather(1, torch.tensor(out)[:, None]).squeeze(1)
+        assert (logits.amax(1) - chosen).max() < 0.05 * logits.abs().max()
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -2308,8 +2354,11 @@ def one_update(learner, rollout, config, folder):
     return sums, [model.state_dict() for model in models]
 
 
-def test_the_first_ratio_is_one_and_an_unchanged_policy_has_no_kl(tok, judges):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_ratio_is_one_and_an_unchanged_policy_has_no_kl(tok, judges, dtype):
     config, learner, models, asked, folder = ppo_models(tok, judges)
+    for model in (learner.policy, learner.reference, learner.value_model, *models.values()):
+        model.matmul_dtype = dtype
     rollout, scores = rlhf.collect(learner, tok, models, asked, 3, config)
     sums, _ = one_update(learner, rollout, config, folder)
     stats = rlhf.statistics(rollout, scores, sums)
@@ -2966,6 +3015,22 @@ def test_the_size_of_a_micro_batch_changes_no_step(tmp_path, inputs, name, monke
         found.append(weights(folder_of(config)))
     assert furthest(found[0], found[1]) < 2e-5
     assert furthest(found[0], found[2]) > 1e-4
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_in_bfloat16_a_stage_ends_with_the_same_bytes_and_other_than_in_float32(
+    tmp_path, inputs, name, monkeypatch
+):
+    with_ends(monkeypatch)
+    found = []
+    for i, dtype in enumerate(("bfloat16", "bfloat16", "float32")):
+        more = dict(max_steps=5) if name == "pretrain" else {}
+        script, config = stage(name, inputs, tmp_path / str(i), dtype=dtype, keep="last", **more)
+        script.main(config)
+        found.append(weights(folder_of(config)))
+    assert furthest(found[0], found[1]) == 0
+    assert furthest(found[0], found[2]) > 0
+    assert all(weight.dtype == torch.float32 for weight in found[0].values())
 
 
 @pytest.mark.parametrize("name", STAGES)

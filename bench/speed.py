@@ -1,0 +1,234 @@
+"""How fast it is: beside transformers and TRL, beside the machine's limits, and as sizes grow.
+
+    python -m venv peers && peers/bin/pip install torch==2.13.0 transformers trl==1.12.0
+    python -m bench.speed peers --peer peers/bin/python
+    python -m bench.speed growth
+
+Ours and theirs take turns in one run, each in a process of its own: on a machine whose speed
+changes from minute to minute only such a ratio means something. trl 1.12.0 is the last version
+with a PPO trainer.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import train_rlhf
+from bench import ROOT
+from common.training import adamw, clip_and_step, setup
+from data.records import Prompt
+from llama2 import (SIZES, KVCache, ModelArgs, RewardModel, Transformer, generate, kv_cache_bytes,
+                    matmul_dtype, score_rows)
+from train_pretrain import next_token_loss
+
+LENGTHS = [12 + 37 * i % 29 for i in range(128)]        # of prompts and dialogues, in tokens
+WORK = {        # name -> (unit, method, its size)
+    "training, 16 x 128": ("tokens", "train", dict(rows=16, length=128)),
+    "prompts, 64 x 128": ("tokens", "prompt", dict(rows=64, length=128)),
+    "decoding, batch 1": ("tokens", "decode", dict(rows=1, length=32, new=64)),
+    "decoding, batch 64": ("tokens", "decode", dict(rows=64, length=32, new=64)),
+    "decoding, batch 256": ("tokens", "decode", dict(rows=256, length=32, new=64)),
+    "scoring, 128 dialogues": ("tokens", "score", dict(lengths=[2 * n for n in LENGTHS])),
+    "PPO, 128 answers": ("answers", "ppo",
+                         dict(lengths=LENGTHS, new=24, mini_batch=32, micro_batch=16)),
+}
+
+
+class Work:
+    """One method a kind of work: it does it once, and returns how much it did."""
+    def __init__(self, args: ModelArgs, dtype: str):
+        torch.manual_seed(1)
+        self.model, self.judge = Transformer(args), RewardModel(args)
+        for model in (self.model, self.judge):
+            model.matmul_dtype = matmul_dtype("auto" if dtype == "default" else dtype, "cpu")
+        self.optimizer = adamw(self.model, 1e-4)
+
+    def tokens(self, rows: int, length: int):
+        return torch.randint(3, self.model.args.vocab_size, (rows, length))
+
+    def train(self, rows: int, length: int) -> int:
+        tokens = self.tokens(rows, length + 1)
+        loss = next_token_loss(self.model(tokens[:, :-1]), tokens[:, 1:]) / (rows * length)
+        loss.backward()
+        clip_and_step(self.model, self.optimizer)
+        return rows * length
+
+    @torch.inference_mode()
+    def prompt(self, rows: int, length: int) -> int:
+        cache = KVCache(self.model.args, rows, length)
+        self.model(self.tokens(rows, length), cache, where=(slice(None), -1))
+        return rows * length
+
+    def decode(self, rows: int, length: int, new: int) -> int:
+        prompts = self.tokens(rows, length).tolist()
+        return sum(map(len, generate(self.model, prompts, new)))
+
+    def score(self, lengths) -> int:
+        score_rows(self.judge, [self.tokens(1, length)[0].tolist() for length in lengths])
+        return sum(lengths)
+
+    def ppo(self, lengths, new: int, mini_batch: int, micro_batch: int) -> int:
+        """One iteration, in a folder that is thrown away."""
+        config = train_rlhf.Settings(
+            method="ppo", max_new_tokens=new, batch_size=len(lengths), mini_batch=mini_batch,
+            micro_batch=micro_batch, out=tempfile.mkdtemp())
+        prompts = [Prompt("", False, self.tokens(1, length)[0].tolist()) for length in lengths]
+        reward_models, tok = {"helpfulness": self.judge}, argparse.Namespace(eos_id=2)
+        run = train_rlhf.Run(config.out, config)
+        learner, _ = train_rlhf.begin_ppo(self.model, reward_models, config, run)
+        self.started = time.perf_counter()      # copying the models is not what is measured
+        rollout, scores = train_rlhf.collect(learner, tok, reward_models, prompts, 1, config)
+        sums = train_rlhf.update(learner, learner.policy, learner.value_model, rollout, 1, config,
+                                 run)
+        train_rlhf.statistics(rollout, scores, sums)
+        return len(lengths)
+
+    def rate(self, method: str, size) -> float:
+        """How much of it a second."""
+        self.started = time.perf_counter()
+        done = getattr(self, method)(**size)
+        return done / (time.perf_counter() - self.started)
+
+
+# --------------------------------------------------------------------------------- beside the peers
+def shape_of(args: ModelArgs) -> dict:
+    return vars(args) | {"ffn_dim": args.ffn_dim}
+
+
+def ask(process, **what) -> float:
+    process.stdin.write(json.dumps(what) + "\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        sys.exit("bench.speed: the other side ended; does its Python have transformers and trl?")
+    return float(line)
+
+
+def matmul_rate(dtype) -> float:
+    """GFLOP/s of products of 1024 x 1024 matrices, the best of ten."""
+    a, b = torch.randn(2, 1024, 1024, dtype=dtype)
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * 1024 ** 3 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def bandwidth() -> float:
+    """GB/s of memory, read and written: copies of 256 MB, the best of five."""
+    a, best = torch.ones(1 << 26), 0.0
+    b = torch.empty_like(a)
+    for _ in range(5):
+        start = time.perf_counter()
+        b.copy_(a)
+        best = max(best, 2 * 4 * a.numel() / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def peers(given):
+    """Each kind of work in each precision, in turns; ratios with their spread."""
+    args = ModelArgs(**SIZES[given.size], vocab_size=1024, max_seq_len=256)
+    # The same memory for both: their process keeps what it frees, as ours does.
+    other = subprocess.Popen([given.peer, ROOT / "bench/peers.py"], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                             env=os.environ | {"TMPDIR": tempfile.gettempdir()})
+    has_bfloat16 = matmul_dtype("auto", "cpu") == "bfloat16"
+    print(f"matrix products: {matmul_rate(torch.float32):.0f} GFLOP/s in float32, "
+          f"{matmul_rate(torch.bfloat16):.0f} in bfloat16; memory: {bandwidth():.1f} GB/s; "
+          f"{torch.get_num_threads()} threads, {given.size}, torch {torch.__version__}")
+    print("\n| work | precision | ours / theirs | from, to | ours, a second | theirs |")
+    print("|---" * 6 + "|")
+    for dtype in ("float32", "bfloat16", "default"):
+        if dtype == "bfloat16" and not has_bfloat16:
+            print("| all | bfloat16 | not measured: this CPU has no instructions for it | | | |")
+            continue
+        work = Work(args, dtype)
+        for name, (unit, method, size) in WORK.items():
+            ours, theirs = [], []
+            for turn in range(given.turns + 1):
+                rate = work.rate(method, size)
+                its = ask(other, work=method, size=size, dtype=dtype, shape=shape_of(args))
+                if turn > 0:        # the first time, things are made and loaded
+                    ours.append(rate)
+                    theirs.append(its)
+            ratios = [a / b for a, b in zip(ours, theirs)]
+            print(f"| {name} | {dtype} | **{statistics.median(ratios):.2f}** | {min(ratios):.2f}, "
+                  f"{max(ratios):.2f} | {statistics.median(ours):,.0f} {unit} | "
+                  f"{statistics.median(theirs):,.0f} |", flush=True)
+    other.stdin.close()
+    other.wait()
+
+
+# ---------------------------------------------------------------------------------- as sizes grow
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def growth(given):
+    """Time and memory of one size each, every one in a process of its own for its peak memory."""
+    sizes = []
+    for context in (128, 256, 512, 1024, 2048, 4096):
+        sizes.append(("tiny", context, max(1, 2048 // context)))
+    for batch in (1, 4, 16, 64):
+        sizes.append(("tiny", 128, batch))
+    for size in ("15M", "110M"):
+        sizes.append((size, 128, 4))
+    print("| model | context | batch | training, µs a token | peak memory, MB | decoding, µs a token"
+          " | cache read for it, KB |")
+    print("|---" * 7 + "|")
+    for size, context, batch in dict.fromkeys(sizes):
+        command = [sys.executable, "-m", "bench.speed", "one", "--size", size]
+        command += ["--context", str(context), "--batch", str(batch)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        print(done.stdout.strip(), flush=True)
+
+
+def one(given):
+    """A line of the table of growth."""
+    args = ModelArgs(**SIZES[given.size], vocab_size=1024, max_seq_len=given.context)
+    rows, context = given.batch, given.context
+    start, work = peak_megabytes(), Work(args, "default")
+    # Decoding: the last 16 tokens of a full context, where the cache is longest.
+    prompt = work.tokens(rows, context - 16)
+    cache = KVCache(args, rows, context)
+    with torch.inference_mode():
+        work.model(prompt, cache, where=(slice(None), -1))
+        began = time.perf_counter()
+        for _ in range(16):
+            work.model(work.tokens(rows, 1), cache, where=(slice(None), -1))
+        decoding = (time.perf_counter() - began) / (16 * rows)
+    del cache
+    rates = [work.rate("train", dict(rows=rows, length=context)) for _ in range(4)]
+    read = kv_cache_bytes(args, 1, context, 4) / 1024
+    print(f"| {given.size} | {context:,} | {rows} | {1e6 / max(rates):,.0f} | "
+          f"{peak_megabytes() - start:,.0f} | {1e6 * decoding:,.0f} | {read:,.0f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("peers", "growth", "one"), default="peers")
+    parser.add_argument("--peer", type=Path, default=Path("peers/bin/python"),
+                        help="a Python that has transformers and trl (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of the model")
+    parser.add_argument("--turns", type=int, default=5, help="measurements of each (default: 5)")
+    parser.add_argument("--context", type=int, default=128, help="one: tokens")
+    parser.add_argument("--batch", type=int, default=16, help="one: sequences")
+    given = parser.parse_args()
+    if given.part == "peers" and not given.peer.exists():
+        parser.exit(2, f"bench.speed: error: {given.peer}: no such Python; see --help\n")
+    setup("cpu")
+    {"peers": peers, "growth": growth, "one": one}[given.part](given)
+
+
+if __name__ == "__main__":
+    main()
