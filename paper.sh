@@ -39,12 +39,6 @@ a_round() {
         run train_rm.py --resume --kind $kind --init "${!kind}" --lr $rm_lr --out "$OUT/rm/v$v" \
             --data "$OUT/preferences/v$v.jsonl" "${replay[@]}"
     done
-    if [ $v = 1 ]; then         # Table 8, on prompts that were not compared before
-        run -m data.preferences --chat "$chat" --other "$other" --blend $blend \
-            --prompts "$TOWN/compare-test.jsonl" --out "$OUT/preferences/test.jsonl"
-        examine evaluate.reward_models "$OUT/rm/v1/helpfulness" "$OUT/rm/v1/safety" \
-            --data "$OUT/preferences/test.jsonl" --truths "$TOWN/compare-test.jsonl"
-    fi
     method=rejection-sampling
     if [ $v = 5 ]; then method=ppo; fi          # on top of what rejection sampling reached
     run train_rlhf.py --resume --method $method --init "$chat" --rm "$OUT/rm/v$v" \
@@ -55,6 +49,14 @@ a_round() {
     replay+=("$OUT/preferences/v$v.jsonl:0.15") earlier+=("$OUT/rlhf/v$v")
 }
 for v in 1 2 3; do a_round $v; done
+
+# Table 8: V1's reward models, on prompts that were not compared before
+table_8() {
+    run -m data.preferences --chat "$OUT/sft" --other "$OUT/pretrain" --blend 0.7 \
+        --prompts "$TOWN/compare-test.jsonl" --out "$OUT/preferences/test.jsonl"
+    examine evaluate.reward_models "$OUT/rm/v1/helpfulness" "$OUT/rm/v1/safety" \
+        --data "$OUT/preferences/test.jsonl" --truths "$TOWN/compare-test.jsonl"
+}
 
 # §3.3: Ghost Attention, from V3 on. First V3 learns to follow an instruction of the same message,
 # and that dialogues may be long; then to keep to an instruction of the first message. The best
@@ -73,25 +75,25 @@ ghost_attention() {
         --obedience "$TOWN/obedience.jsonl"
     examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
 }
-# The next rounds do not need it, so they run beside it, each of the two on half of the cores: a
-# model so small keeps one core busy, and two not quite
+
+# The next rounds need neither, so these two run beside them, on half of the cores: a model so small
+# keeps one core busy, but hardly two
 threads=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
-ghost_log=$OUT/ghost-attention.log
-printf '\n== %s s: beside what follows, Ghost Attention: see %s\n' $SECONDS "$ghost_log"
+printf '\n== %s s: beside what follows, Ghost Attention: see %s\n' $SECONDS "$OUT/beside.log"
 set -m      # in a group of its own, which ends where this script ends: trained so far is saved
-(summary=$OUT/summary-ghost.txt ghost_attention) > "$ghost_log" 2>&1 &
+(summary=$OUT/summary-beside.txt; table_8; ghost_attention) > "$OUT/beside.log" 2>&1 &
 set +m
-ghost=$!
-trap 'kill -- -$ghost 2> /dev/null || true' EXIT
+beside=$!
+trap 'kill -- -$beside 2> /dev/null || true' EXIT
 
 for v in 4 5; do a_round $v; done
-wait $ghost || { cat "$ghost_log"; exit 1; }
+wait $beside || { cat "$OUT/beside.log"; exit 1; }
 threads=
 examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
 examine evaluate.scoreboard "$OUT/pretrain" "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} \
     --against "$OUT/sft" --rm "$OUT/rm/v5" --prompts "$TOWN/held-out.jsonl" \
     --json "$OUT/scoreboard.json"
-cat "$OUT/summary-ghost.txt" >> "$summary"
+cat "$OUT/summary-beside.txt" >> "$summary"
 
 printf '\n\nWhat came of it, once more:\n'
 cat "$summary"
