@@ -2930,62 +2930,63 @@ def test_the_best_model_on_held_out_data_or_the_last_one_is_kept(
         script.main(replace(best, resume=True, eval_every=3))
 
 
-def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(tmp_path, inputs):
+def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(
+    tmp_path, inputs, monkeypatch
+):
     _, whole = stage("pretrain", inputs, tmp_path / "whole", max_steps=60, save_every=7)
     pretrain.main(whole)
     cut = replace(whole, out=str(tmp_path / "cut"), resume=True)
-    for at in (3, 25):  # before and after the first save
-        process = subprocess.Popen(
-            [sys.executable, "train_pretrain.py", *flags(cut)], cwd=HERE, stdout=subprocess.DEVNULL
-        )
-        path = tmp_path / "cut/metrics.jsonl"
-        while process.poll() is None and not (path.exists() and path.read_text().count("\n") > at):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    with monkeypatch.context() as patch:        # before the first save
+        interrupt_at(3, pretrain, patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main(cut)
+    process = subprocess.Popen(                 # and after it, without a chance to tidy up
+        [sys.executable, "train_pretrain.py", *flags(cut)], cwd=HERE, stdout=subprocess.DEVNULL
+    )
+    path = tmp_path / "cut/metrics.jsonl"
+    while process.poll() is None and path.read_text().count("\n") <= 25:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     pretrain.main(cut)
     assert furthest(weights(whole.out), weights(cut.out)) == 0
     assert losses(whole.out) == losses(cut.out)
 
 
 GIVEN_ANSWERS = """import sys
-import train_pretrain, train_rlhf, train_rm, train_sft
+import test_llama2
 from common.run import parse_settings
-train_rlhf.generate = lambda model, prompts, *_: [
-    [5 + len(p) % 7, 9 + sum(p) % 5, 2] for p in prompts]
+test_llama2.rlhf.generate = test_llama2.given_answers
 for line in open(sys.argv[1]):
     name, *argv = line.rstrip("\\n").split("\\t")
-    script = globals()[name]
+    script = test_llama2.SCRIPTS.get(name, test_llama2.rlhf)
     script.main(parse_settings(script.Settings, {}, "", argv))
 """
 
 
+def given_answers(model, prompts, *_):
+    """In place of sampled ones, for each process samples on its own."""
+    return [[5 + len(prompt) % 7, 9 + sum(prompt) % 5, 2] for prompt in prompts]
+
+
 @pytest.fixture(scope="module")
 def one_and_two(tmp_path_factory, inputs):
-    """{stage: (its settings for one process, for two)}, all of them run.
-
-    With given answers, for each process samples on its own.
-    """
-    folder, settings, lines = tmp_path_factory.mktemp("processes"), {}, {"one": "", "two": ""}
+    """{stage: (its settings for one process, for two)}, all of them run, by one torchrun."""
+    folder, settings, lines = tmp_path_factory.mktemp("processes"), {}, ""
     for name in STAGES:
-        pair = []
-        for count in lines:
-            script, config = stage(name, inputs, folder / name / count)
-            if name == "ppo":
-                config = replace(config, mini_batch=8, iterations=3)
-            pair.append(config)
-            lines[count] += "\t".join([script.__name__, *flags(config)]) + "\n"
-        settings[name] = pair
+        more = dict(mini_batch=8, iterations=3) if name == "ppo" else {}
+        script, one = stage(name, inputs, folder / name / "one", **more)
+        two = replace(one, out=str(folder / name / "two"))
+        settings[name] = one, two
+        lines += "\t".join([name, *flags(two)]) + "\n"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rlhf, "generate", given_answers)
+            script.main(one)
     (folder / "script.py").write_text(GIVEN_ANSWERS)
-    for count, text in lines.items():
-        (folder / count).write_text(text)
-    here, script = os.environ | {"PYTHONPATH": str(HERE)}, folder / "script.py"
-    alone = subprocess.Popen(
-        [sys.executable, script, folder / "one"], env=here, stdout=subprocess.DEVNULL
-    )
+    (folder / "commands").write_text(lines)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    run(*torchrun, script, folder / "two", env=here)
-    assert alone.wait() == 0
+    run(*torchrun, folder / "script.py", folder / "commands",
+        env=os.environ | {"PYTHONPATH": str(HERE)})
     return settings
 
 
@@ -3024,7 +3025,8 @@ def test_in_bfloat16_a_stage_ends_with_the_same_bytes_and_other_than_in_float32(
     with_ends(monkeypatch)
     found = []
     for i, dtype in enumerate(("bfloat16", "bfloat16", "float32")):
-        more = dict(max_steps=5) if name == "pretrain" else {}
+        more = dict(epochs=1) if name in ("sft", "rm") else dict(tune_epochs=1, iterations=2)
+        more = dict(max_steps=5) if name == "pretrain" else more
         script, config = stage(name, inputs, tmp_path / str(i), dtype=dtype, keep="last", **more)
         script.main(config)
         found.append(weights(folder_of(config)))
@@ -3467,8 +3469,8 @@ def test_the_code_fits_its_page():
 # ----------------------------------------------------------------------------- a walk with own data
 SHORT = {  # what makes a command of the README take seconds
     "data.corpus": "--vocab-size 400 --workers 1",
-    "train_pretrain.py": "--max-steps 40 --seq-len 64",
-    "train_sft.py": "--epochs 8 --batch-size 8",
+    "train_pretrain.py": "--max-steps 20 --seq-len 64 --eval-tokens 640",
+    "train_sft.py": "--epochs 4 --batch-size 8",
     "data.preferences": "--max-new-tokens 12",
     "train_rm.py": "--val-fraction 0 --lr 1e-4",
     "train_rlhf.py": "--samples 2 --iterations 2 --batch-size 4 --mini-batch 4 --max-new-tokens 40",

@@ -178,8 +178,8 @@ def growth(given):
     sizes = [("tiny", context, 1) for context in (128, 256, 512, 1024, 2048, 4096)]
     sizes += [("tiny", 128, batch) for batch in (4, 16, 64, 256)]
     sizes += [("15M", 128, 16), ("110M", 128, 16)]
-    print("| model | context | batch | training, µs a token | peak memory, MB | decoding, µs a token"
-          " | cache read for it, KB |")
+    print("| model | context | batch | training, µs a token | peak memory, MB | "
+          "decoding, µs a token | cache read for it, KB |")
     print("|---" * 7 + "|")
     for size, context, batch in sizes:
         command = [sys.executable, "-m", "bench.speed", "one", "--size", size]
