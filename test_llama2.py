@@ -1,6 +1,7 @@
 """Tests in the order of the pipeline. A test's name is a claim; its reference is slow and obvious.
 
-    contents    fixtures · llama2.py · tinytown/ · data/ · common/ · the four scripts · evaluate/
+    contents    fixtures · llama2.py · tinytown/ · data/ · common/ · the four scripts · evaluate/ ·
+                bench/ · the command line
                 then the contracts that all stages keep: resuming, processes, micro-batches, bad
                 input, finished runs; the house's own rules; and a walk through the whole
 """
@@ -40,6 +41,7 @@ import train_pretrain as pretrain
 import train_rlhf as rlhf
 import train_rm as reward
 import train_sft as sft
+from bench import speed
 from bench.ghost import attention_weights
 from common import run as runs
 from common import training
@@ -2710,6 +2712,22 @@ def test_models_that_are_examined_or_joined_must_read_the_same_tokens(
         expect_one_line(capsys, monkeypatch, config, script, words)
 
 
+# -------------------------------------------------------------------------------------------- bench
+def test_the_benchmark_does_the_work_that_it_counts():
+    work = speed.Work(ARGS, "float32")
+    before = copy.deepcopy(work.model.state_dict())
+    sizes = {
+        "train": (dict(rows=2, length=8), 16), "prompt": (dict(rows=3, length=5), 15),
+        "decode": (dict(rows=2, length=4, new=6), 12), "score": (dict(lengths=[3, 9]), 12),
+        "ppo": (dict(lengths=[4, 5, 6, 7], new=3, mini_batch=2, micro_batch=1), 4),
+    }
+    assert {name for _, name, _ in speed.WORK.values()} == sizes.keys()
+    for name, (size, amount) in sizes.items():
+        assert getattr(work, name)(**size) == amount
+        assert (furthest(work.model.state_dict(), before) > 0) is (name in ("train", "ppo"))
+        before = copy.deepcopy(work.model.state_dict())
+
+
 # ------------------------------------------------------------------------------- command line, chat
 def test_a_chat_remembers_its_turns(tok, monkeypatch, capsys):
     model, seen = make_model(vocab_size=tok.vocab_size), []
@@ -2877,25 +2895,6 @@ def test_a_signal_that_comes_while_processes_talk_is_not_lost(tmp_path, monkeypa
     assert [run_.save_due(1), run_.save_due(2)] == [False, True]
 
 
-def test_all_processes_stop_at_one_step_when_torchrun_is_told_to(tmp_path, inputs):
-    _, config = stage("sft", inputs, tmp_path / "out", epochs=500)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sft.py"]
-    process = subprocess.Popen(
-        [sys.executable, *command, *flags(config)], cwd=HERE, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.DEVNULL,
-    )
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
-    process.send_signal(signal.SIGTERM)
-    said = process.stdout.read()
-    process.wait()
-    assert "stopped and saved behind step" in said
-    assert "torchrun --nproc_per_node=2 train_sft.py" in said
-    step = torch.load(tmp_path / "out/resume.pt", weights_only=True)["step"]
-    assert f"behind step {step} of" in said
-
-
 @pytest.mark.parametrize("name, figure", [
     ("pretrain", "val/stories"), ("sft", "val_loss"), ("rm", "accuracy")
 ])
@@ -2956,14 +2955,18 @@ def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(
     assert losses(whole.out) == losses(cut.out)
 
 
-GIVEN_ANSWERS = """import sys
+TOGETHER = """import sys
 import test_llama2
-from common.run import parse_settings
+from common.run import parse_settings, run_script
 test_llama2.rlhf.generate = test_llama2.given_answers
-for line in open(sys.argv[1]):
-    name, *argv = line.rstrip("\\n").split("\\t")
+*commands, endless = open(sys.argv[1]).read().splitlines()
+for command in commands:
+    name, *argv = command.split("\\t")
     script = test_llama2.SCRIPTS.get(name, test_llama2.rlhf)
     script.main(parse_settings(script.Settings, {}, "", argv))
+test_llama2.training.print0("now the endless one")
+sys.argv = ["train_sft.py", *endless.split("\\t")[1:]]
+run_script(test_llama2.sft.main, test_llama2.sft.Settings, {})
 """
 
 
@@ -2973,9 +2976,13 @@ def given_answers(model, prompts, *_):
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory, inputs):
-    """{stage: (its settings for one process, for two)}, all of them run, by one torchrun."""
-    folder, settings, lines = tmp_path_factory.mktemp("processes"), {}, ""
+def together(tmp_path_factory, inputs):
+    """All that needs two processes, by one torchrun: importing torch takes long.
+
+    ({stage: (settings of its run by one process, by two)}, an endless run's folder, what that run
+    said after torchrun was told to stop).
+    """
+    folder, settings, lines = tmp_path_factory.mktemp("together"), {}, ""
     for name in STAGES:
         more = dict(mini_batch=8, iterations=3) if name == "ppo" else {}
         script, one = stage(name, inputs, folder / name / "one", **more)
@@ -2985,18 +2992,37 @@ def one_and_two(tmp_path_factory, inputs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rlhf, "generate", given_answers)
             script.main(one)
-    (folder / "script.py").write_text(GIVEN_ANSWERS)
-    (folder / "commands").write_text(lines)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    run(*torchrun, folder / "script.py", folder / "commands",
-        env=os.environ | {"PYTHONPATH": str(HERE)})
-    return settings
+    _, endless = stage("sft", inputs, folder / "endless", epochs=500)
+    (folder / "script.py").write_text(TOGETHER)
+    (folder / "commands").write_text(lines + "\t".join(["sft", *flags(endless)]))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [sys.executable, *command, folder / "script.py", folder / "commands"], text=True,
+        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(HERE)},
+    )
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "now the endless one" in said and line.startswith("step"):
+            process.send_signal(signal.SIGTERM)
+            break
+    said = process.stdout.read()
+    process.wait()
+    return settings, endless.out, said
+
+
+def test_all_processes_stop_at_one_step_when_torchrun_is_told_to(together):
+    _, folder, said = together
+    assert "stopped and saved behind step" in said
+    assert "torchrun --nproc_per_node=2 train_sft.py" in said
+    step = torch.load(Path(folder) / "resume.pt", weights_only=True)["step"]
+    assert f"behind step {step} of" in said
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_two_processes_train_like_one(one_and_two, inputs, name):
+def test_two_processes_train_like_one(together, inputs, name):
     """As mini-batches are dealt and cut."""
-    one, two = one_and_two[name]
+    one, two = together[0][name]
     logs = [logged(folder_of(config)) for config in (one, two)]
     assert len(logs[0]) == len(logs[1]) > 0
     for a, b in zip(*logs):
