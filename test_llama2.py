@@ -249,6 +249,7 @@ def test_the_papers_sizes_have_the_papers_parameter_counts(size, count):
     (dict(dim=12, n_heads=4), "head of 3"), (dict(n_layers=0), "n_layers=0"),
     (dict(vocab_size=2.5), "vocab_size=2.5"), (dict(norm_eps=0), "norm_eps=0"),
     (dict(n_kv_heads=1.0), "n_kv_heads=1.0 must be a whole number"), (dict(dim="8"), "dim='8'"),
+    (dict(dim=4096.0), "dim=4096.0 must be a whole number"), (dict(norm_eps=None), "norm_eps=None"),
     (dict(ffn_dim_multiplier=-1), "ffn_dim_multiplier=-1"),
 ])
 def test_an_impossible_shape_is_refused_by_field(bad, named):

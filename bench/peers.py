@@ -79,7 +79,7 @@ class Work:
             self.judge(tokens, attention_mask=(tokens != 0).long())
         return sum(lengths)
 
-    def ppo(self, lengths, new: int, mini_batch: int, micro_batch: int, dtype=None) -> int:
+    def ppo(self, lengths, new: int, mini_batch: int, micro_batch: int) -> int:
         """TRL's trainer, one update of len(lengths) answers. dtype "default": as TRL sets it."""
         from datasets import Dataset
         from tokenizers import Tokenizer, models

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,7 @@ class Work:
         sums = train_rlhf.update(learner, learner.policy, learner.value_model, rollout, 1, config,
                                  run)
         train_rlhf.statistics(rollout, scores, sums)
+        shutil.rmtree(config.out)
         return len(lengths)
 
     def rate(self, method: str, size) -> float:
@@ -137,7 +139,6 @@ def bandwidth() -> float:
 def peers(given):
     """Each kind of work in each precision, in turns; ratios with their spread."""
     args = ModelArgs(**SIZES[given.size], vocab_size=1024, max_seq_len=256)
-    # The same memory for both: their process keeps what it frees, as ours does.
     other = subprocess.Popen([given.peer, ROOT / "bench/peers.py"], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                              env=os.environ | {"TMPDIR": tempfile.gettempdir()})
