@@ -689,6 +689,16 @@ def test_a_saved_folder_loads_as_it_was(tmp_path, tok):
     assert list(model.state_dict())[:2] == ["tok_embeddings.weight", "layers.0.attention.wq.weight"]
 
 
+def test_loading_draws_no_weights(tmp_path, tok, monkeypatch):
+    # They would be thrown away: minutes at 7B, and even on "meta" two seconds of PyTorch's imports.
+    save(tmp_path, make_model(vocab_size=tok.vocab_size), tok)
+
+    def draw(*args, **kwargs):
+        raise AssertionError("weights were drawn")
+    monkeypatch.setattr(torch.Tensor, "normal_", draw)
+    load(tmp_path)
+
+
 def test_metas_shards_merge_and_its_params_are_understood(tmp_path, tok):
     """wq, wk, wv, w1, w3 and output are split by rows; wo, w2 and the embeddings by columns."""
     model = make_model(vocab_size=tok.vocab_size)
