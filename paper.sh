@@ -48,7 +48,7 @@ a_round() {
     helpfulness=$OUT/rm/v$v/helpfulness safety=$OUT/rm/v$v/safety rm_lr=3e-4
     replay+=("$OUT/preferences/v$v.jsonl:0.15") earlier+=("$OUT/rlhf/v$v")
 }
-for v in 1 2 3; do a_round $v; done
+for v in 1 2 3 4; do a_round $v; done
 
 # Table 8: V1's reward models, on prompts that were not compared before
 table_8() {
@@ -76,8 +76,8 @@ ghost_attention() {
     examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
 }
 
-# The next rounds need neither, so these two run beside them, on half of the cores: a model so small
-# keeps one core busy, but hardly two
+# V5 needs neither, and takes as long: they run beside it, each side on half of the cores, for a model
+# so small keeps one core busy, but hardly two
 threads=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
 printf '\n== %s s: beside what follows, Ghost Attention: see %s\n' $SECONDS "$OUT/beside.log"
 set -m      # in a group of its own, which ends where this script ends: trained so far is saved
@@ -86,7 +86,7 @@ set +m
 beside=$!
 trap 'kill -- -$beside 2> /dev/null || true' EXIT
 
-for v in 4 5; do a_round $v; done
+a_round 5
 wait $beside || { cat "$OUT/beside.log"; exit 1; }
 threads=
 examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
