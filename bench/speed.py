@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -91,6 +92,7 @@ class Work:
                                  run)
         train_rlhf.statistics(rollout, scores, sums)
         shutil.rmtree(config.out)
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # the run listened to Ctrl-C
         return len(lengths)
 
     def rate(self, method: str, size) -> float:

@@ -49,7 +49,7 @@ def judge(asked: dict, answer: str) -> dict[str, bool]:
         advised = any(advice in answer for advice in ADVICE)
         correct = task <= words and advised and not refused
 
-    # A capital, a word, a space behind it, a full stop. The first word and space will do: where `.*`
+    # A capital, a word, a space behind it, a full stop. The first word and space will do: if `.*`
     # looks for others, a long answer without a full stop takes minutes.
     complete = bool(re.fullmatch(r"[A-Z0-9\"]\W*\w[^ ]* .*[.!?]\"?", answer.strip(), re.S))
     return {"correct": correct, "on_topic": on_topic, "complete": complete, "refused": refused,
