@@ -48,7 +48,8 @@ from common import training
 from data import corpus, distillation, ghost_attention, preferences, records
 from evaluate import answers, name_folders, percent_table, reward_models, scoreboard, wilson
 from llama2 import (SIZES, KVCache, ModelArgs, RewardModel, RMSNorm, Tokenizer, Transformer,
-                    encode_dialog, generate, kv_cache_bytes, load, rotate, rotations, save, stream)
+                    apply_rotary_emb, compute_freqs_cis, encode_dialog, generate, kv_cache_bytes,
+                    load, save, stream)
 from tinytown import annotator, prompts, world
 from tinytown.__main__ import every_file
 from tinytown.__main__ import main as write_town
@@ -280,9 +281,10 @@ def test_the_ffn_is_as_wide_as_in_metas_release():
     assert [ModelArgs(**SIZES[s]).ffn_dim for s in ("7B", "13B", "70B")] == [11008, 13824, 28672]
 
 
-def test_rotate_multiplies_interleaved_pairs_as_complex_numbers():
+def test_apply_rotary_emb_multiplies_interleaved_pairs_as_complex_numbers():
     x = torch.randn(1, 5, 1, 8)
-    out = rotate(x, rotations(replace(ARGS, dim=8, n_heads=1, n_kv_heads=1), torch.arange(5)))
+    args = replace(ARGS, dim=8, n_heads=1, n_kv_heads=1)
+    out = apply_rotary_emb(x, compute_freqs_cis(args, torch.arange(5)))
     for t in range(5):
         for i in range(4):
             turned = complex(*x[0, t, 0, 2 * i : 2 * i + 2]) * cmath.exp(
@@ -297,8 +299,8 @@ def test_rotary_scores_depend_on_distance_alone():
 
     def score(i, j):
         return (
-            rotate(q, rotations(args, torch.tensor([i])))
-            * rotate(k, rotations(args, torch.tensor([j])))
+            apply_rotary_emb(q, compute_freqs_cis(args, torch.tensor([i])))
+            * apply_rotary_emb(k, compute_freqs_cis(args, torch.tensor([j])))
         ).sum()
 
     assert torch.allclose(score(9, 4), score(25, 20), atol=1e-4)
@@ -309,9 +311,9 @@ def test_rotary_scores_depend_on_distance_alone():
 def test_attention_equals_softmax_loops_with_repeated_kv_heads(n_kv_heads):
     args = replace(ARGS, n_kv_heads=n_kv_heads)
     attention, x, T, hd = llama2.Attention(args), torch.randn(1, 6, 32), 6, 8
-    freqs_cis = rotations(args, torch.arange(T))
-    q = rotate(attention.wq(x).view(1, T, 4, hd), freqs_cis)[0]
-    k = rotate(attention.wk(x).view(1, T, n_kv_heads, hd), freqs_cis)[0]
+    freqs_cis = compute_freqs_cis(args, torch.arange(T))
+    q = apply_rotary_emb(attention.wq(x).view(1, T, 4, hd), freqs_cis)[0]
+    k = apply_rotary_emb(attention.wk(x).view(1, T, n_kv_heads, hd), freqs_cis)[0]
     v = attention.wv(x).view(T, n_kv_heads, hd)
     heads = torch.zeros(T, 4, hd)
     for t in range(T):
@@ -643,7 +645,7 @@ def test_bad_prompts_and_settings_are_errors():
 def test_an_answer_depends_on_its_prompt_and_place_and_not_on_the_size_of_a_batch(monkeypatch):
     model = make_model()
     whole = generate(model, PROMPTS * 3, 12, seed=4)
-    monkeypatch.setattr(llama2, "rows_at_once", lambda *_: 5)
+    monkeypatch.setattr(llama2, "max_batch_size", lambda *_: 5)
     assert generate(model, PROMPTS * 3, 12, seed=4) == whole
     assert whole[:4] != whole[4:8]
 
@@ -651,8 +653,8 @@ def test_an_answer_depends_on_its_prompt_and_place_and_not_on_the_size_of_a_batc
 def test_fewer_rows_of_a_larger_model_or_of_longer_texts_go_into_a_batch():
     with torch.device("meta"):
         tiny, large = (Transformer(ModelArgs(**SIZES[size])) for size in ("tiny", "7B"))
-    assert llama2.rows_at_once(tiny, [[1] * 100], 90) == 256
-    at_once = [llama2.rows_at_once(large, [[1] * n]) for n in (10, 100, 1000, 100_000)]
+    assert llama2.max_batch_size(tiny, [[1] * 100], 90) == 256
+    at_once = [llama2.max_batch_size(large, [[1] * n]) for n in (10, 100, 1000, 100_000)]
     assert at_once == sorted(at_once, reverse=True)
     assert at_once[0] > at_once[1] > at_once[3] == 1
 
@@ -828,7 +830,7 @@ def test_what_is_shown_of_attention_is_what_weighs_the_values():
     assert len(shown) == ARGS.n_layers
     block = model.layers[0]
     x = block.attention_norm(model.tok_embeddings(tokens))
-    freqs_cis = llama2.rotations(ARGS, torch.arange(tokens.size(1)))
+    freqs_cis = llama2.compute_freqs_cis(ARGS, torch.arange(tokens.size(1)))
     values = block.attention.wv(x).unflatten(-1, (-1, ARGS.head_dim)).transpose(1, 2)
     values = values.repeat_interleave(ARGS.n_heads // ARGS.n_kv_heads, 1)
     out = block.attention.wo((shown[0] @ values).transpose(1, 2).flatten(2))
@@ -1827,7 +1829,7 @@ def test_gradients_are_clipped_to_a_norm_of_1_and_a_step_that_is_no_number_is_no
 
 
 def test_a_process_without_a_share_of_a_small_batch_weighs_nothing(monkeypatch):
-    monkeypatch.setattr(training, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(training, "rank_and_world_size", lambda: (1, 2))
     assert training.share_of_batch([1, 2, 3]) == ([2], 1.0)
     assert training.share_of_batch([1]) == ([1], 0.0)
 
@@ -1901,7 +1903,7 @@ def test_tokens_a_second_are_those_of_training_without_looks_and_saves(
         clock[0] += 2           # of training
         run_.count_step(1000, True)
         clock[0] += 50          # of looking at held-out data
-        run_.look(0.0, model)
+        run_.record_eval(0.0, model)
         if step % 2 == 0:
             run_.log(step, loss=1.0)
             assert "500 tokens/s" in capsys.readouterr().out
@@ -2156,8 +2158,8 @@ def test_the_loss_of_pairs_takes_scores_margins_and_labels_of_the_right_answers(
     rated = GOOD_PAIR | dict(rating="better", chosen_safe=True, rejected_safe=False)
     longer = dict(prompt="who?", chosen="the fox and the owl", rejected="no")
     examples = encode_pairs(tok, rated, longer)
-    c = llama2.score_rows(model, [example.chosen for example in examples])
-    r = llama2.score_rows(model, [example.rejected for example in examples])
+    c = llama2.score_sequences(model, [example.chosen for example in examples])
+    r = llama2.score_sequences(model, [example.rejected for example in examples])
 
     def log_sigmoid(x):
         return -math.log(1 + math.exp(-x))
@@ -2375,7 +2377,7 @@ def test_the_first_ratio_is_one_and_an_unchanged_policy_has_no_kl(tok, judges, d
     config, learner, models, asked, folder = ppo_models(tok, judges)
     for model in (learner.policy, learner.reference, learner.value_model, *models.values()):
         model.matmul_dtype = dtype
-    rollout, scores = rlhf.collect(learner, tok, models, asked, 3, config)
+    rollout, scores = rlhf.collect_rollout(learner, tok, models, asked, 3, config)
     sums, _ = one_update(learner, rollout, config, folder)
     stats = rlhf.statistics(rollout, scores, sums)
     assert abs(stats["kl"]) < 1e-4
@@ -2387,7 +2389,7 @@ def test_the_first_ratio_is_one_and_an_unchanged_policy_has_no_kl(tok, judges, d
 def test_micro_batches_and_what_stands_behind_eos_change_no_update(tok, judges):
     more = dict(micro_batch=12, max_new_tokens=9)
     config, learner, models, asked, folder = ppo_models(tok, judges, **more)
-    rollout, _ = rlhf.collect(learner, tok, models, asked, 3, config)
+    rollout, _ = rlhf.collect_rollout(learner, tok, models, asked, 3, config)
     assert not rollout.response_mask.all()
     _, whole = one_update(learner, rollout, config, folder)
     for size in (5, 1):
@@ -2406,7 +2408,7 @@ def test_reported_kl_is_the_mean_over_samples_of_the_log_ratio(tok, judges):
     config, learner, models, asked, folder = ppo_models(tok, judges)
     noise = torch.randn_like(learner.reference.output.weight)
     learner.reference.output.weight.data += 0.1 * noise
-    rollout, scores = rlhf.collect(learner, tok, models, asked, 3, config)
+    rollout, scores = rlhf.collect_rollout(learner, tok, models, asked, 3, config)
     sums, _ = one_update(learner, rollout, config, folder)
     stats, k1, k3, tokens = rlhf.statistics(rollout, scores, sums), 0.0, 0.0, 0
     for sequence, start in zip(rollout.sequences, rollout.starts):
@@ -2476,14 +2478,14 @@ def test_the_best_finished_answer_of_each_prompt_is_kept(tok, judges):
     asked = prompts.preference_prompts(world.town(1), 10)
     asked = [records.to_prompt(one, tok, 64) for one in asked]
     config = rlhf.Settings(**RLHF | dict(samples=8, max_new_tokens=20))
-    folder = SimpleNamespace(rank=0, world=1)
+    folder = SimpleNamespace(rank=0, world_size=1)
     found, figures = rlhf.sample_best(policy, tok, models, asked, config, folder)
     repeated = [prompt for prompt in asked for _ in range(8)]
     sampled = generate(
         policy, [p.tokens for p in repeated], 20, 1.0, seed=1 + 10**6, eos_id=tok.eos_id
     )
     sequences = [prompt.tokens + out for prompt, out in zip(repeated, sampled)]
-    helpful, safe = (llama2.score_rows(models[kind], sequences) for kind in records.KINDS)
+    helpful, safe = (llama2.score_sequences(models[kind], sequences) for kind in records.KINDS)
     expected, highest = [], []
     for n, prompt in enumerate(asked):
         rewards = {}

@@ -11,7 +11,7 @@ from bench import figures, paper, print_table, seeds_of
 from data.ghost_attention import in_the_first_alone
 from data.records import read_json
 from evaluate.answers import TURNS, Settings, hold_conversations
-from llama2 import encode_dialog, load, rotate
+from llama2 import apply_rotary_emb, encode_dialog, load
 
 
 def obedience(seeds):
@@ -38,8 +38,8 @@ def attention_weights(model, tokens):
 
     def look(attention, inputs):
         x, freqs_cis = inputs[:2]
-        q = rotate(attention.wq(x).unflatten(-1, (-1, attention.head_dim)), freqs_cis)
-        k = rotate(attention.wk(x).unflatten(-1, (-1, attention.head_dim)), freqs_cis)
+        q = apply_rotary_emb(attention.wq(x).unflatten(-1, (-1, attention.head_dim)), freqs_cis)
+        k = apply_rotary_emb(attention.wk(x).unflatten(-1, (-1, attention.head_dim)), freqs_cis)
         q, k = q.transpose(1, 2), k.transpose(1, 2)             # (B, H, T, hd), (B, K, T, hd)
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)                  # (B, H, T, hd)
         scores = q @ k.transpose(2, 3) * attention.head_dim ** -0.5             # (B, H, T, T)

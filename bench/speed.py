@@ -28,7 +28,7 @@ from bench import ROOT
 from common.training import adamw, clip_and_step, setup
 from data.records import Prompt
 from llama2 import (SIZES, KVCache, ModelArgs, RewardModel, Transformer, generate, kv_cache_bytes,
-                    matmul_dtype, score_rows)
+                    matmul_dtype, score_sequences)
 from train_pretrain import next_token_loss
 
 LENGTHS = [12 + 37 * i % 29 for i in range(128)]        # of prompts and dialogues, in tokens
@@ -66,7 +66,7 @@ class Work:
     @torch.inference_mode()
     def prompt(self, rows: int, length: int) -> int:
         cache = KVCache(self.model.args, rows, length)
-        self.model(self.tokens(rows, length), cache, where=(slice(None), -1))
+        self.model(self.tokens(rows, length), cache, select=(slice(None), -1))
         return rows * length
 
     def decode(self, rows: int, length: int, new: int) -> int:
@@ -74,7 +74,7 @@ class Work:
         return sum(map(len, generate(self.model, prompts, new)))
 
     def score(self, lengths) -> int:
-        score_rows(self.judge, [self.tokens(1, length)[0].tolist() for length in lengths])
+        score_sequences(self.judge, [self.tokens(1, length)[0].tolist() for length in lengths])
         return sum(lengths)
 
     def ppo(self, lengths, new: int, mini_batch: int, micro_batch: int) -> int:
@@ -87,7 +87,8 @@ class Work:
         run = train_rlhf.Run(config.out, config)
         learner, _ = train_rlhf.begin_ppo(self.model, reward_models, config, run)
         self.started = time.perf_counter()      # copying the models is not what is measured
-        rollout, scores = train_rlhf.collect(learner, tok, reward_models, prompts, 1, config)
+        rollout, scores = train_rlhf.collect_rollout(learner, tok, reward_models, prompts, 1,
+                                                     config)
         sums = train_rlhf.update(learner, learner.policy, learner.value_model, rollout, 1, config,
                                  run)
         train_rlhf.statistics(rollout, scores, sums)
@@ -200,11 +201,11 @@ def one(given):
     prompt = work.tokens(rows, context - 16)
     cache = KVCache(args, rows, context)
     with torch.inference_mode():
-        work.model(prompt, cache, where=(slice(None), -1))
+        work.model(prompt, cache, select=(slice(None), -1))
         seconds = []
         for _ in range(16):
             began = time.perf_counter()
-            work.model(work.tokens(rows, 1), cache, where=(slice(None), -1))
+            work.model(work.tokens(rows, 1), cache, select=(slice(None), -1))
             seconds.append(time.perf_counter() - began)
     decoding = statistics.median(seconds) / rows
     del cache

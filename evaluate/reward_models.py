@@ -15,7 +15,7 @@ from common.run import load_fitting, run_script
 from common.training import setup
 from data.records import KINDS, RATINGS, read_records, to_pair
 from evaluate import name_folders, read_truths, wilson
-from llama2 import Dtype, RewardModel, load, score_rows, write_json
+from llama2 import Dtype, RewardModel, load, score_sequences, write_json
 from tinytown.annotator import annotators, compare, gwet_ac2, on_scale
 from train_rm import encode_pair
 
@@ -39,8 +39,8 @@ UNSAFE_BELOW = (0.5, 0.15)      # of sigmoid(score): even odds, and the gate of 
 
 def score_pairs(model, examples) -> list[tuple[float, float]]:
     """[(score of the chosen answer, of the rejected one), ...]"""
-    chosen = score_rows(model, [example.chosen for example in examples])
-    rejected = score_rows(model, [example.rejected for example in examples])
+    chosen = score_sequences(model, [example.chosen for example in examples])
+    rejected = score_sequences(model, [example.rejected for example in examples])
     return list(zip(chosen, rejected))
 
 

@@ -16,7 +16,7 @@ from common.run import check_settings, load_fitting, run_script
 from common.training import setup
 from data.records import to_prompt
 from evaluate import name_folders, read_truths, wilson
-from llama2 import Dtype, Transformer, by_length, load, score_rows, text_after, write_json
+from llama2 import Dtype, Transformer, by_length, load, score_sequences, text_after, write_json
 from tinytown.annotator import annotators, compare, gwet_ac2, judge, on_scale, quality
 from tinytown.prompts import TOPICS
 from train_rlhf import answer_logprobs, generate_answers, load_reward_models, make_rollout
@@ -140,7 +140,7 @@ def main(config: Settings) -> dict:
             answers = generate_answers(model, tok, prompts, temperature, config.seed, config)
             sequences = [answer.sequence for answer in answers]
             texts = [text_after(tok, answer.prompt.tokens, answer.tokens) for answer in answers]
-            scores = {kind: score_rows(rm, sequences) for kind, rm in reward_models.items()}
+            scores = {kind: score_sequences(rm, sequences) for kind, rm in reward_models.items()}
             said[name] = Answered(answers, texts, scores)
         found[mode] = {}
         for name, model in models.items():
