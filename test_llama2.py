@@ -2368,7 +2368,7 @@ def one_update(learner, rollout, config, folder):
     models = copy.deepcopy((learner.policy, learner.value_model))
     optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in models]
     again = rlhf.Learner(models[0], learner.reference, models[1], *optimizers)
-    sums = rlhf.update(again, *models, rollout, 0, config, folder)
+    sums = rlhf.update(again, rollout, 0, config, folder)
     return sums, [model.state_dict() for model in models]
 
 
@@ -2442,7 +2442,7 @@ def test_ppo_finds_the_token_that_is_rewarded(tok, judges, monkeypatch):
     torch.nn.init.normal_(policy.output.weight, std=0.02)
 
     def share():
-        found = rlhf.generate_answers(policy, tok, asked * 20, 1.0, 5, config)
+        found = rlhf.generate_answers(policy, tok, asked * 20, 4, 1.0, 5)
         return sum(answer.tokens.count(wanted) for answer in found) / (4 * len(found))
 
     before = share()
@@ -2549,7 +2549,7 @@ def test_reward_models_have_to_fit_the_policy(tmp_path, tok, letters, judges, ca
     policy.args = replace(policy.args, max_seq_len=64)
     models = rlhf.load_reward_models(tmp_path / "alone", policy, tok, "policy")
     assert list(models) == ["helpfulness"]
-    assert "the helpfulness model alone gives the rewards" in capsys.readouterr().out
+    assert "only the helpfulness model gives the rewards" in capsys.readouterr().out
     found = rlhf.score(models, [answer_of([1, 5, 6, 2], 2, is_safety=True)])
     assert found.reward == found.helpfulness
 
@@ -3368,7 +3368,7 @@ BAD_SETTINGS = [
     ("rm", dict(aux_weight=-1.0), ["--aux-weight -1.0"]),
     ("rejection-sampling", dict(temperatures=(0.0,)), ["--temperatures 0.0: must be above 0"]),
     ("rejection-sampling", dict(rm="nowhere"), ["nowhere/helpfulness", "no checkpoint here"]),
-    ("rejection-sampling", dict(max_new_tokens=1), ["ended within --max-new-tokens 1"]),
+    ("rejection-sampling", dict(max_new_tokens=1), ["finished no answer within --max-new-tokens 1"]),
     ("rejection-sampling", dict(earlier=("nowhere",)), ["nowhere/best.jsonl"]),
     ("ppo", dict(batch_size=6), ["--batch-size 6 must be divisible by --mini-batch 4"]),
     ("ppo", dict(val_prompts=()), ["--val-prompts: give at least one"]),

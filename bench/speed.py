@@ -89,8 +89,7 @@ class Work:
         self.started = time.perf_counter()      # copying the models is not what is measured
         rollout, scores = train_rlhf.collect_rollout(learner, tok, reward_models, prompts, 1,
                                                      config)
-        sums = train_rlhf.update(learner, learner.policy, learner.value_model, rollout, 1, config,
-                                 run)
+        sums = train_rlhf.update(learner, rollout, 1, config, run)
         train_rlhf.statistics(rollout, scores, sums)
         shutil.rmtree(config.out)
         signal.signal(signal.SIGINT, signal.default_int_handler)    # the run listened to Ctrl-C

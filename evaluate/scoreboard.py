@@ -137,7 +137,8 @@ def main(config: Settings) -> dict:
     for mode, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
         said = {}
         for name, model in models.items():
-            answers = generate_answers(model, tok, prompts, temperature, config.seed, config)
+            answers = generate_answers(model, tok, prompts, config.max_new_tokens, temperature,
+                                       config.seed)
             sequences = [answer.sequence for answer in answers]
             texts = [text_after(tok, answer.prompt.tokens, answer.tokens) for answer in answers]
             scores = {kind: score_sequences(rm, sequences) for kind, rm in reward_models.items()}
