@@ -247,7 +247,7 @@ def test_the_papers_sizes_have_the_papers_parameter_counts(size, count):
 @pytest.mark.parametrize("bad, named", [
     (dict(dim=30, n_heads=4), "dim=30.*n_heads=4"),
     (dict(n_heads=4, n_kv_heads=3), "n_heads=4.*n_kv_heads=3"),
-    (dict(dim=12, n_heads=4), "head of 3"), (dict(n_layers=0), "n_layers=0"),
+    (dict(dim=12, n_heads=4), "head_dim=3"), (dict(n_layers=0), "n_layers=0"),
     (dict(vocab_size=2.5), "vocab_size=2.5"), (dict(norm_eps=0), "norm_eps=0"),
     (dict(n_kv_heads=1.0), "n_kv_heads=1.0 must be a whole number"), (dict(dim="8"), "dim='8'"),
     (dict(dim=4096.0), "dim=4096.0 must be a whole number"), (dict(norm_eps=None), "norm_eps=None"),
@@ -638,7 +638,7 @@ def test_bad_prompts_and_settings_are_errors():
             generate(model, [[1]], **dict(max_new_tokens=5) | wrong)
     model.norm.weight.data.fill_(float("nan"))
     for temperature in (0, 1):
-        with pytest.raises(ValueError, match="logits are no numbers: its weights are damaged"):
+        with pytest.raises(ValueError, match="logits are NaN or infinite: its weights are damaged"):
             generate(model, [[1]], 5, temperature)
 
 
@@ -753,10 +753,10 @@ def spoil(folder, tok, how):
 
 
 @pytest.mark.parametrize("how, words", [
-    ("LFS pointer", "these are no weights .*: no file of tensors alone"),
-    ("a web page", "these are no weights .*: no file of tensors alone"),
-    ("cut short", "these are no weights"), ("a dict around", "else than tensors by name"),
-    ("a list", "these are no weights"), ("whole numbers", "these are no weights"),
+    ("LFS pointer", "these are not weights .*: not a file of tensors only"),
+    ("a web page", "these are not weights .*: not a file of tensors only"),
+    ("cut short", "these are not weights"), ("a dict around", "other than named tensors"),
+    ("a list", "these are not weights"), ("whole numbers", "these are not weights"),
     ("one missing", 'Missing key.*norm.weight'), ("params a list", "expected one JSON object"),
     ("params cut", "params.json: broken JSON"), ("tokenizer", "not a SentencePiece model"),
     ({"norm_eps": "1e-5"}, "norm_eps='1e-5'"), ({"vocab_size": 99}, "they belong to two models"),
@@ -777,7 +777,7 @@ def test_broken_checkpoints_are_refused_in_words(tmp_path, tok):
     with pytest.raises(ValueError, match="no checkpoint here.*tokenizer.model$"):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="Hugging Face's format is not read yet"):
+    with pytest.raises(ValueError, match="Hugging Face's format is not supported yet"):
         load(tmp_path)
     save(tmp_path, make_model(vocab_size=tok.vocab_size), tok)
     weights, params = tmp_path / "consolidated.00.pth", tmp_path / "params.json"
@@ -790,7 +790,7 @@ def test_broken_checkpoints_are_refused_in_words(tmp_path, tok):
         load(tmp_path)
     params.write_text(json.dumps(settings))
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="these are no weights"):
+    with pytest.raises(ValueError, match="these are not weights"):
         load(tmp_path)
 
 
@@ -804,7 +804,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, tok):
     evil = Evil()
     evil.path = str(tmp_path / "pwned")
     torch.save({"x": evil}, tmp_path / "consolidated.00.pth")
-    with pytest.raises(Exception, match="these are no weights"):
+    with pytest.raises(Exception, match="these are not weights"):
         load(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
@@ -2237,7 +2237,7 @@ def test_a_reward_model_knows_what_the_chat_model_knows(tmp_path, base):
     assert "score.weight" in again.state_dict()
     assert "output.weight" not in again.state_dict()
     with pytest.raises(ValueError, match="holds a reward model, expected a language model"):
-        load(tmp_path / "rm", kind=Transformer)
+        load(tmp_path / "rm", expected=Transformer)
     later, _ = reward.make_reward_model(str(tmp_path / "rm"), "cpu", "float32", seed=5)
     assert torch.equal(later(tokens), model(tokens))  # a later round goes on with it
 
@@ -2766,7 +2766,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(capsys):
         yield "half"
         raise KeyboardInterrupt
 
-    assert llama2.say(pieces()) == "half"
+    assert llama2.print_stream(pieces()) == "half"
 
 
 def typed(monkeypatch, lines: bytes):
@@ -3368,7 +3368,7 @@ BAD_SETTINGS = [
     ("rm", dict(aux_weight=-1.0), ["--aux-weight -1.0"]),
     ("rejection-sampling", dict(temperatures=(0.0,)), ["--temperatures 0.0: must be above 0"]),
     ("rejection-sampling", dict(rm="nowhere"), ["nowhere/helpfulness", "no checkpoint here"]),
-    ("rejection-sampling", dict(max_new_tokens=1), ["finished no answer within --max-new-tokens 1"]),
+    ("rejection-sampling", dict(max_new_tokens=1), ["no answer within --max-new-tokens 1"]),
     ("rejection-sampling", dict(earlier=("nowhere",)), ["nowhere/best.jsonl"]),
     ("ppo", dict(batch_size=6), ["--batch-size 6 must be divisible by --mini-batch 4"]),
     ("ppo", dict(val_prompts=()), ["--val-prompts: give at least one"]),
