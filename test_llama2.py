@@ -2022,7 +2022,7 @@ def test_long_dialogues_are_cut_behind_a_turn_and_texts_are_learned_whole(tok):
     with pytest.raises(records.Unusable, match="longer than --seq-len in its first turn"):
         sft.encode_example(dict(messages=say("a " * 99, "b")), tok, 64)
     unheard = [dict(role="user", content="a"), dict(role="assistant", content="b", weight=0)]
-    with pytest.raises(records.Unusable, match="no answer that is to be learned"):
+    with pytest.raises(records.Unusable, match="no answer to train on"):
         sft.encode_example(dict(messages=unheard), tok, 64)
     found = sft.encode_example({"text": "a fox lived"}, tok, 64)
     assert found.tokens == tok.encode("a fox lived", bos=True, eos=True)
