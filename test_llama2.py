@@ -1884,7 +1884,7 @@ def test_two_runs_cannot_use_one_folder_at_once(tmp_path):
     script += "time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE)
     first.stdout.readline()
-    with pytest.raises(ValueError, match=f"in use by process {first.pid}"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is in use by another process"):
         runs.Run(tmp_path, sft.Settings())
     first.kill()
     first.wait()
@@ -3201,15 +3201,15 @@ def test_a_run_does_not_replace_what_it_begins_with(tmp_path, inputs, capsys, mo
 
 @pytest.mark.parametrize("command", ["data.corpus", "data.preferences"])
 def test_two_commands_cannot_write_one_file_at_once(tmp_path, inputs, command, monkeypatch):
-    def held(*_):
-        raise BlockingIOError(11, "held")
+    def held(lock):
+        raise runs.Timeout(lock.lock_file)
 
     script, config = {
         "data.corpus": (corpus, corpus.Settings(data=(inputs.text,), out=str(tmp_path / "t"))),
         "data.preferences": (preferences, collecting(inputs, tmp_path / "p.jsonl")),
     }[command]
-    monkeypatch.setattr(runs.fcntl, "lockf", held)
-    with pytest.raises(ValueError, match="is in use by process"):
+    monkeypatch.setattr(runs.FileLock, "acquire", held)
+    with pytest.raises(ValueError, match=f"{config.out} is in use by another process"):
         script.main(config)
 
 
