@@ -1797,11 +1797,15 @@ def test_the_gate_learns_exactly_the_answers_that_are_scored_higher(
 
 
 # ------------------------------------------------------------------------------------------- common
-def test_learning_rate_by_hand():
+def test_learning_rate_by_hand(capsys):
     rates = [training.lr_at(step, 12, 2, 1.0) for step in range(12)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[-1] == pytest.approx(0.1)
     assert rates[5] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 3 / 9)) / 2)
+    training.warn_without_peak(3, 4)
+    assert capsys.readouterr().out == ""
+    training.warn_without_peak(9, 4)
+    assert "--warmup-steps 9: with 4 steps in total" in capsys.readouterr().out
 
 
 def test_adamw_is_the_papers_and_decays_matrices_only():
@@ -1859,13 +1863,16 @@ def test_settings_come_from_the_command_line_and_help_names_the_papers_value(cap
     assert (folders.folders, folders.show) == (["out/a", "out/b"], 2)
 
 
-@pytest.mark.parametrize("script", [pretrain, sft, reward, rlhf, corpus, preferences, answers])
+@pytest.mark.parametrize("script", [
+    pretrain, sft, reward, rlhf, corpus, preferences, distillation, ghost_attention, answers
+])
 def test_every_setting_explains_itself(script):
     described = {name: meaning for _, name, meaning in runs.describe_settings(script.Settings)}
     assert described.keys() == vars(script.Settings()).keys()
     assert all(len(meaning) > 5 for meaning in described.values())
     paper = getattr(script, "PAPER", {})
     assert paper.keys() <= described.keys()
+    assert set(getattr(script.Settings, "MAY_CHANGE", ())) <= described.keys()
 
 
 def test_a_fingerprint_tells_changed_content_and_not_a_copy(tmp_path):
@@ -1896,10 +1903,9 @@ def test_tokens_a_second_are_those_of_training_without_looks_and_saves(
 ):
     clock = [0.0]
     monkeypatch.setattr(runs.time, "time", lambda: clock[0])
-    run_ = runs.Run(tmp_path, sft.Settings(warmup_steps=9))
+    run_ = runs.Run(tmp_path, sft.Settings())
     model = torch.nn.Linear(1, 1)
     run_.begin(model, torch.optim.SGD(model.parameters()), 4)
-    assert "--warmup-steps 9: of 4 steps in all, none reaches the peak" in capsys.readouterr().out
     for step in range(1, 5):
         clock[0] += 2           # of training
         run_.count_step(1000)
@@ -3380,27 +3386,6 @@ def test_a_bad_setting_stops_with_one_line_and_a_finished_run_is_kept(
     assert kept.read_bytes() == b"finished"
 
 
-@pytest.mark.parametrize("script, place, writer", [
-    (pretrain, "out/pretrain/tokens", "python -m data.corpus"),
-    (sft, "out/tinytown/dialogues.jsonl", "python -m tinytown"),
-    (reward, "out/preferences/v1.jsonl", "python -m data.preferences"),
-    (rlhf, "out/tinytown/prompts-v1.jsonl", "python -m tinytown"),
-    (preferences, "out/tinytown/compare-v1.jsonl", "python -m tinytown"),
-])
-def test_without_arguments_a_script_names_the_command_that_writes_what_is_missing(
-    tmp_path, capsys, monkeypatch, script, place, writer
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(SystemExit) as e:
-        runs.run_script(script.main, script.Settings, {})
-    error = capsys.readouterr().err
-    assert e.value.code == 2
-    assert error.count("\n") == 1
-    assert place in error
-    assert writer in error
-
-
 def test_a_folder_that_cannot_be_written_stops_with_one_line(tmp_path, inputs, capsys, monkeypatch):
     for name, script in (("sft", sft), ("pretrain", pretrain)):
         _, config = stage(name, inputs, Path(inputs.text) / "x")
@@ -3437,6 +3422,7 @@ EXCEPTIONS = {
     ("data/preferences.py", "tinytown.annotator"), ("train_rlhf.py", "train_sft"),
     ("train_pretrain.py", "data.corpus"),
 }
+STAGES_BY_NAME = re.compile(r"tinytown|pretrain|sft|rlhf|ppo|rejection|gatt|best\.jsonl|sampling")
 PROJECT = re.compile(r"(common|data|evaluate|bench|tinytown|llama2|train_\w+)(\.|$)")
 
 
@@ -3458,6 +3444,11 @@ def test_imports_run_down_as_the_house_is_drawn():
                     assert module.startswith(ROOMS[room] or "nothing"), f"{name} imports {module}"
                     checked += 1
     assert checked > 40
+
+
+def test_common_knows_no_stage_by_name():
+    for path in (HERE / "common").glob("*.py"):
+        assert not STAGES_BY_NAME.findall(path.read_text().lower()), path
 
 
 SETTINGS = {  # command -> the class whose fields are its options

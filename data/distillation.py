@@ -43,6 +43,9 @@ class Settings:
     overwrite: bool = False     # replace what is there
     seed: int = 1               # of pre-prompts and answers
 
+    # The same file may be asked for with other values of these. They do not change what is in it.
+    MAY_CHANGE = ("out", "overwrite", "device")
+
 
 def with_system_prompt(pre_prompt: str, messages: list[dict]) -> list[dict]:
     """A dialogue behind a pre-prompt, which goes in front of the system message if there is one."""

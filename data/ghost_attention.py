@@ -49,6 +49,9 @@ class Settings:
     overwrite: bool = False     # replace what is there
     seed: int = 1               # of instructions and answers
 
+    # The same file may be asked for with other values of these. They do not change what is in it.
+    MAY_CHANGE = ("out", "overwrite", "device")
+
 
 def combine(rng, known: list[dict]) -> tuple[str, list[dict]]:
     """(text, its instructions): one, or two of different kinds; half of the time in terse form."""

@@ -45,6 +45,9 @@ class Settings:
     overwrite: bool = False     # replace what is there
     seed: int = 1               # of the answers and the annotator
 
+    # The same file may be asked for with other values of these. They do not change what is in it.
+    MAY_CHANGE = ("out", "overwrite", "device")
+
 
 # ----------------------------------------------------------------------------------------- answers
 def blended(chat, other, share: float):

@@ -32,6 +32,8 @@ class Settings:
     dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     json: str = ""              # file to write the figures to
 
+    POSITIONAL = "folders"      # given without --folders
+
 
 GROUPS = (*RATINGS, "all", "equal length")
 UNSAFE_BELOW = (0.5, 0.15)      # of sigmoid(score): even odds, and the gate of §3.2.3

@@ -37,6 +37,8 @@ class Settings:
     dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     json: str = ""              # file to write the figures to
 
+    POSITIONAL = "folders"      # given without --folders
+
 
 @dataclass
 class Answered:
