@@ -1463,7 +1463,7 @@ def test_tokens_are_reused_until_the_text_changes_and_a_weight_changes_none(tmp_
     assert shard.stat().st_mtime_ns == before
     assert index["sources"][0]["weight"] == 3
     write_jsonl(path, town["stories"][100:200])
-    with pytest.raises(ValueError, match="holds tokens of another text"):
+    with pytest.raises(ValueError, match="out was made from other data: .*s.jsonl has changed"):
         prepared(tmp_path / "out", path)
     good = path.read_text()
     for torn, words in ((good + '{"te', "s.jsonl:101: broken JSON"), ("", "empty")):
@@ -1587,7 +1587,9 @@ def collecting(inputs, out, **changes):
     )
 
 
-def test_tinytowns_annotator_compares_and_what_is_there_is_not_done_again(tmp_path, inputs, town):
+def test_tinytowns_annotator_compares_and_what_is_there_is_not_done_again(
+    tmp_path, inputs, town, monkeypatch, capsys
+):
     config = collecting(inputs, tmp_path / "v1.jsonl")
     preferences.main(config)
     found = [record for _, record in records.read_json(config.out)]
@@ -1597,9 +1599,10 @@ def test_tinytowns_annotator_compares_and_what_is_there_is_not_done_again(tmp_pa
         gap = annotator.quality(prompt, record["chosen"])
         gap -= annotator.quality(prompt, record["rejected"])
         assert record["true_gap"] == gap
-    with pytest.raises(runs.Finished):
-        preferences.main(config)
-    with pytest.raises(ValueError, match="begun with other settings: max_new_tokens was 4, now 5"):
+    monkeypatch.setattr(preferences, "load", None)
+    preferences.main(config)            # nothing is loaded or done again
+    assert "v1.jsonl is there already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="made with other settings: max_new_tokens was 4, now 5"):
         preferences.main(replace(config, max_new_tokens=5))
     Path(f"{config.out}.made-of.json").unlink()
     with pytest.raises(ValueError, match="v1.jsonl exists"):
@@ -1641,7 +1644,7 @@ def test_a_person_can_be_the_annotator_and_go_on_later(tmp_path, inputs, monkeyp
         preferences.main(replace(config, out=str(mine_too)))
     assert mine_too.read_bytes() == before
     other = write_jsonl(tmp_path / "other.jsonl", [dict(prompt="new")])
-    with pytest.raises(ValueError, match="begun with other settings: prompts was"):
+    with pytest.raises(ValueError, match="made with other settings: prompts was"):
         preferences.main(replace(config, prompts=(str(other),)))
 
 
@@ -2858,7 +2861,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, inputs, name, monkeypatch)
     assert (folder_of(cut) / "resume.pt").exists()
     with pytest.raises(ValueError, match="unfinished run: --resume it"):
         script.main(cut)
-    with pytest.raises(ValueError, match="begun with other settings: seed was 1, now 2"):
+    with pytest.raises(ValueError, match="made with other settings: seed was 1, now 2"):
         script.main(replace(cut, resume=True, seed=2))
     assert script.main(replace(cut, resume=True)) == metrics
     assert furthest(weights(folder_of(whole)), weights(folder_of(cut))) == 0
@@ -2948,7 +2951,7 @@ def test_the_best_model_on_held_out_data_or_the_last_one_is_kept(
     script.main(replace(best, resume=True))
     assert furthest(weights(folder_of(best)), seen[1]) == 0
     assert furthest(weights(folder_of(best)), weights(folder_of(config))) > 0
-    with pytest.raises(ValueError, match="begun with other settings: eval_every was 2, now 3"):
+    with pytest.raises(ValueError, match="made with other settings: eval_every was 2, now 3"):
         script.main(replace(best, resume=True, eval_every=3))
 
 
@@ -3125,7 +3128,7 @@ def test_a_run_does_not_go_on_when_a_file_that_it_reads_has_changed(
     path = tmp_path / what
     before = path.read_bytes()
     path.write_bytes(before[:-2] + b"\1\0" if path.suffix == ".bin" else before + b"\n")
-    with pytest.raises(ValueError, match=f"begun with other data: .*{path.name} is not as it was"):
+    with pytest.raises(ValueError, match=f"made from other data: .*{path.name} has changed"):
         script.main(replace(config, resume=True))
 
 
@@ -3201,7 +3204,7 @@ def test_a_run_does_not_replace_what_it_begins_with(tmp_path, inputs, capsys, mo
         script, config = stage(name, mine, mine.base, overwrite=True)
         expect_one_line(capsys, monkeypatch, config, script, "which this run begins with")
     config = collecting(mine, mine.prompts, overwrite=True)
-    expect_one_line(capsys, monkeypatch, config, preferences, "prompts.jsonl is read, too")
+    expect_one_line(capsys, monkeypatch, config, preferences, "prompts.jsonl is also an input")
     assert (tmp_path / "base/consolidated.00.pth").read_bytes() == before
 
 

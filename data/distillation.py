@@ -18,10 +18,10 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from common.run import check_settings, claim_file, load_fitting, run_script, weights_of
+from common.run import Output, check_settings, load_fitting, run_script, weights_of
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import (Unusable, assistant_says, files_of, given, prompt_of, read_instructions,
-                          read_some, to_messages, write_made)
+                          read_some, to_messages, write_records)
 from llama2 import Dtype, RewardModel, Transformer, encode_dialog, load, respond, score
 
 
@@ -83,7 +83,9 @@ def main(config: Settings):
     check_settings(config, or_0=("temperature",))
     device, rank, _ = setup(config.device)
     files = files_of(config.data) + files_of(config.pre_prompts)
-    made_of = claim_file(config.out, config, files + weights_of(config.chat, config.rm))
+    output = Output(config.out, config, files + weights_of(config.chat, config.rm))
+    if output.exists:
+        return print0(f"{config.out} is there already")
     model, tok = load(config.chat, device, config.dtype, Transformer)
     safety_model = load_fitting(config.rm, RewardModel, model, tok, config.chat)
     pre_prompts = read_instructions(config.pre_prompts, tok, config.skip_bad)
@@ -110,7 +112,7 @@ def main(config: Settings):
                          "nothing to learn")
     learned = [record for record in records if record["messages"][-1]["content"]]
     if is_main():
-        write_made(config.out, learned, made_of)
+        output.write(write_records, learned)
     rest = "the plain ones stand elsewhere" if config.gate else "all distilled ones are learned"
     print0(f"{len(records):,} prompts answered behind a pre-prompt and without: the safety model "
            f"prefers the former for {counts[True]:,}; {rest}; {config.out}")

@@ -23,9 +23,9 @@ import random
 import re
 from dataclasses import dataclass
 
-from common.run import check_settings, claim_file, run_script, weights_of
+from common.run import Output, check_settings, run_script, weights_of
 from common.training import all_gather, is_main, print0, setup, share
-from data.records import files_of, read_instructions, read_some, to_messages, write_made
+from data.records import files_of, read_instructions, read_some, to_messages, write_records
 from llama2 import Dtype, Transformer, encode_dialog, load, respond
 
 
@@ -140,7 +140,9 @@ def main(config: Settings):
     check_settings(config, or_0=("temperature", "beginnings"))
     device, rank, _ = setup(config.device)
     files = files_of(config.data) + files_of(config.instructions) + weights_of(config.chat)
-    made_of = claim_file(config.out, config, files)
+    output = Output(config.out, config, files)
+    if output.exists:
+        return print0(f"{config.out} is there already")
     model, tok = load(config.chat, device, config.dtype, Transformer)
 
     def parse(record):
@@ -166,7 +168,8 @@ def main(config: Settings):
     figures = {"sampled": sum(len(questions) for questions in users), "disobeyed": disobeyed,
                "records": len(records)}
     if is_main():
-        write_made(config.out, records, made_of | {"figures": figures})
+        output.made_of["figures"] = figures
+        output.write(write_records, records)
     print0(f"{figures['sampled']:,} answers sampled under instructions, {disobeyed:,} thrown away "
            f"for disobeying; {len(records):,} dialogues to learn from in {config.out}")
 

@@ -19,11 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from common.run import (Finished, check_settings, claim_file, load_fitting, run_script,
-                        weights_of)
+from common.run import Output, check_settings, load_fitting, run_script, weights_of
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import (RATINGS, as_messages, files_of, read_objects, read_some,
-                          to_prompt, write_made, write_records)
+                          to_prompt, write_records)
 from llama2 import Dtype, Transformer, load, respond
 
 
@@ -157,6 +156,18 @@ def person_compares(pairs, path: Path):
 
 
 # -------------------------------------------------------------------------------------------- main
+def collect_pairs(config, device, rank: int) -> list[dict]:
+    """Two answers to each prompt, compared by the annotator, or left blank for one."""
+    variants, tok = load_variants(config, device)
+    context = min(variant.args.max_seq_len for variant in variants)
+    prompts = read_prompts(config, tok, context)
+    answers = collect(variants, tok, share(prompts), 1000 * config.seed + rank, config)
+    answers = all_gather(answers)
+    if config.annotator == "tinytown":
+        return tinytown_compares(prompts, answers, config.seed)
+    return left_blank(prompts, answers)
+
+
 def main(config: Settings):
     """Write a file of compared pairs, or find it there."""
     check_settings(config, or_0=("blend", "temperatures"), shares=("blend",))
@@ -168,25 +179,16 @@ def main(config: Settings):
     if Path(config.out).exists() and not path.exists() and not config.overwrite:
         raise ValueError(f"{config.out} exists, and holds no labels of this run: choose another "
                          "--out, or --overwrite it")
-    try:
-        made_of = claim_file(path, config, files)
-        variants, tok = load_variants(config, device)
-        context = min(variant.args.max_seq_len for variant in variants)
-        prompts = read_prompts(config, tok, context)
-        answers = collect(variants, tok, share(prompts), 1000 * config.seed + rank, config)
-        answers = all_gather(answers)
-        if config.annotator == "tinytown":
-            records = tinytown_compares(prompts, answers, config.seed)
-        else:
-            records = left_blank(prompts, answers)
+    output = Output(path, config, files)
+    if output.exists:
+        print0(f"{path} is there already")
+    else:
+        records = collect_pairs(config, device, rank)
         if is_main():
-            if person:      # --overwrite: labels of other answers go with them
+            if person:      # --overwrite: the labels of the old answers are deleted with them
                 Path(config.out).unlink(missing_ok=True)
-            write_made(path, records, made_of)
+            output.write(write_records, records)
         print0(f"{len(records):,} pairs in {path}")
-    except Finished:
-        if not person:
-            raise
     if person and is_main():
         pairs = [pair for _, pair in read_objects(path, a=str, b=str)]
         person_compares(pairs, Path(config.out))
