@@ -1855,6 +1855,9 @@ def test_settings_come_from_the_command_line_and_help_names_the_papers_value(cap
     given = parse("--recipe", "paper", "--lr", "0.5", "--data", "a", "b:2", "--resume", "--no-pack")
     assert (given.lr, given.seq_len, given.data) == (0.5, 4096, ["a", "b:2"])
     assert (given.resume, given.pack) == (True, False)
+    with pytest.raises(SystemExit):
+        parse("--over")         # no abbreviations: the printed command to resume leaves them out
+    assert "--over" in capsys.readouterr().err
     with pytest.raises(SystemExit) as e:
         parse("--learning-rate", "1")
     assert e.value.code == 2
@@ -3182,6 +3185,42 @@ def test_a_full_disk_ends_a_run_in_one_line_and_what_was_saved_goes_on(
     assert furthest(weights(whole.out), weights(config.out)) == 0
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_resume_and_overwrite_together_are_refused_by_name(
+    tmp_path, inputs, name, capsys, monkeypatch
+):
+    script, config = stage(name, inputs, tmp_path / "out", resume=True, overwrite=True)
+    words = "--resume continues the run", "--overwrite deletes it", "only one"
+    expect_one_line(capsys, monkeypatch, config, script, *words)
+
+
+FINISHED, UNFINISHED, EMPTY = "consolidated.00.pth", "resume.pt", "params.json"
+HOLDS = "holds a finished run: choose", "holds an unfinished run: --resume it, choose"
+
+
+@pytest.mark.parametrize("file, options, outcome", [
+    (EMPTY, {}, "new"), (EMPTY, dict(resume=True), "new"), (EMPTY, dict(overwrite=True), "new"),
+    (UNFINISHED, {}, HOLDS[1]), (UNFINISHED, dict(resume=True), "continue"),
+    (UNFINISHED, dict(overwrite=True), "new"),
+    (FINISHED, {}, HOLDS[0]), (FINISHED, dict(resume=True), "is finished"),
+    (FINISHED, dict(overwrite=True), "new"),
+])
+def test_what_a_run_does_with_what_its_folder_holds(tmp_path, file, options, outcome):
+    config = sft.Settings(out=str(tmp_path))
+    runs.write_json(tmp_path / "config.json", runs.made_of(config, []))
+    torch.save({"step": 3, "model": {}, "optimizer": {}, "best": {}}, tmp_path / file)
+    if outcome in ("new", "continue"):
+        run_ = runs.Run(tmp_path, replace(config, **options))
+        assert (run_.state is None) is (outcome == "new")
+        assert (tmp_path / file).exists()       # nothing is deleted before the run starts
+        model = SimpleNamespace(load_state_dict=lambda state: None)
+        assert run_.begin(model, model, 9) == (0 if outcome == "new" else 3)
+        assert (tmp_path / file).exists() is (outcome == "continue")
+    else:
+        with pytest.raises((ValueError, runs.Finished), match=outcome):
+            runs.Run(tmp_path, replace(config, **options))
+
+
 def test_one_folder_holds_one_run(tmp_path, inputs, monkeypatch):
     with_ends(monkeypatch)
     script, first = stage("rejection-sampling", inputs, tmp_path / "out")
@@ -3391,11 +3430,11 @@ def test_a_folder_that_cannot_be_written_stops_with_one_line(tmp_path, inputs, c
         _, config = stage(name, inputs, Path(inputs.text) / "x")
         expect_one_line(capsys, monkeypatch, config, script, "stories.jsonl")
 
-        def refuse(dir):  # root may write everywhere: stand in for one who may not
-            raise PermissionError(13, "Permission denied", str(dir))
+        def refuse(lock):  # root may write everywhere: stand in for one who may not
+            raise PermissionError(13, "Permission denied", str(lock.lock_file))
 
         with monkeypatch.context() as patch:
-            patch.setattr(runs.tempfile, "TemporaryFile", refuse)
+            patch.setattr(runs.FileLock, "acquire", refuse)
             config = replace(config, out=str(tmp_path / "locked"))
             expect_one_line(capsys, patch, config, script, "locked", "Permission denied")
 
