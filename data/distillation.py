@@ -18,7 +18,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from common.run import Output, check_settings, load_fitting, run_script, weights_of
+from common.run import Output, load_fitting, run_script, weights_of
+from common.settings import check_settings
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import (Unusable, assistant_says, files_of, given, prompt_of, read_instructions,
                           read_some, to_messages, write_records)

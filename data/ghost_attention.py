@@ -23,7 +23,8 @@ import random
 import re
 from dataclasses import dataclass
 
-from common.run import Output, check_settings, run_script, weights_of
+from common.run import Output, run_script, weights_of
+from common.settings import check_settings
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import files_of, read_instructions, read_some, to_messages, write_records
 from llama2 import Dtype, Transformer, encode_dialog, load, respond

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from common.run import Output, check_settings, load_fitting, run_script, weights_of
+from common.run import Output, load_fitting, run_script, weights_of
+from common.settings import check_settings
 from common.training import all_gather, is_main, print0, setup, share
 from data.records import (RATINGS, as_messages, files_of, read_objects, read_some,
                           to_prompt, write_records)

@@ -14,7 +14,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from common.run import check_settings, run_script
+from common.run import run_script
+from common.settings import check_settings
 from common.training import setup
 from data.ghost_attention import obeys
 from data.records import as_messages, read_objects, user_says

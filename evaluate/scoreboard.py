@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from common.run import check_settings, load_fitting, run_script
+from common.run import load_fitting, run_script
+from common.settings import check_settings
 from common.training import setup
 from data.records import to_prompt
 from evaluate import name_folders, read_truths, wilson
