@@ -45,7 +45,7 @@ from bench import speed
 from bench.ghost import attention_weights
 from common import run as runs, training
 from common.settings import describe_settings, parse_settings
-from data import corpus, distillation, ghost_attention, preferences, records
+from data import corpus, distillation, ghost_attention, preferences, records, texts
 from evaluate import answers, name_folders, percent_table, reward_models, scoreboard, wilson
 from llama2 import (SIZES, KVCache, ModelArgs, RewardModel, RMSNorm, Tokenizer, Transformer,
                     apply_rotary_emb, compute_freqs_cis, encode_dialog, generate, kv_cache_bytes,
@@ -137,7 +137,7 @@ def inputs(tmp_path_factory, tok, base, judges, town):
     tokens = folder / "tokens"
     tokenizer = base / "tokenizer.model"
     corpus.main(
-        corpus.Settings(data=(str(text),), out=str(tokens), tokenizer=str(tokenizer), workers=1)
+        corpus.Settings(data=(str(text),), out=str(tokens), tokenizer=str(tokenizer))
     )
     rng, residents, pairs = random.Random(0), world.town(1), []
     for asked in town["compare-v1"][:40]:
@@ -460,16 +460,14 @@ def test_in_bfloat16_decoding_with_the_cache_follows_the_whole_forward_pass(shor
 @pytest.mark.parametrize("text", [
     "", " ", "  two  spaces  ", " leading", "trailing ", "\ttab\t", "line\n\n\nline\r\n", "\n",
     "😀👩‍👩‍👧", "日本語 Ελληνικά עברית", "a fox lived", "12345.67", "<s>", "</s> <s>[INST]", "<unk>",
-    "<0x41>", "nul\0", "▁", "a▁b ▁▁", "\ufeffbom", "e\u0301",
+    "<0x41>", "nul\0", "\ufeffbom", "e\u0301",
 ])
 def test_text_comes_back_unchanged_and_never_becomes_a_control_id(tok, text):
     ids = tok.encode(text)
     assert tok.decode(ids) == text
     assert not any(tok.sp.is_control(i) or tok.sp.is_unknown(i) for i in ids)
-    assert tok.decode(tok.encode("start\n") + tok.encode(text, continuing=True)) == "start\n" + text
     sizes = pretrain.piece_bytes(tok)
-    in_front = bool(text) and text[0] != "▁"  # the space that stands before each text
-    assert sum(sizes[i] for i in ids) == len(text.encode()) + in_front
+    assert sum(sizes[i] for i in ids) == len(text.encode()) + bool(text)    # a space comes first
 
 
 def test_bos_and_eos_are_added_on_demand_and_digits_are_split(tok):
@@ -498,9 +496,10 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer(path)
 
 
-@pytest.mark.parametrize(
-    "text, size", [("ACGTTGCA" * 200_000, 290), ("日本語" * 9000, 265), ("a\u2028b" * 500, 265)]
-)
+@pytest.mark.parametrize("text, size", [
+    ("ACGTTGCA" * 200_000, 290), ("日本語" * 9000, 265), ("a\u2028b" * 500, 265),
+    ("▃▅▂ 50% of the hens\n" * 50, 290),   # SentencePiece skips lines with U+2585
+])
 def test_a_tokenizer_of_texts_without_spaces_or_of_one_long_line_brings_spaces_back(
     tmp_path, text, size
 ):
@@ -1247,7 +1246,7 @@ def test_a_line_that_is_no_json_text_is_an_error_with_its_place_or_is_skipped(tm
         records.read_records([path], lambda record: record)
     found, left_out = records.read_records([path], lambda record: record, skip_bad=True)
     assert found == [{"a": 1}, {"a": 2}]
-    assert list(left_out) in (["broken JSON"], ["not UTF-N text"])
+    assert list(left_out) in (["broken JSON"], ["not UTF-8 text"])
 
 
 def test_a_weight_says_how_often_a_file_is_seen(tmp_path):
@@ -1378,7 +1377,7 @@ def test_a_models_answers_read_back_as_they_were_sampled(tmp_path, tok):
 # ------------------------------------------------------------------------------------- data/corpus
 def prepared(folder, *data, **changes):
     """(index, tokenizer, {"s.train": ids, ...}) of texts made into tokens."""
-    config = dict(data=tuple(map(str, data)), out=str(folder), vocab_size=350, workers=1) | changes
+    config = dict(data=tuple(map(str, data)), out=str(folder), vocab_size=350) | changes
     index = corpus.main(corpus.Settings(**config))
     ids = {}
     for source in index["sources"]:
@@ -1399,16 +1398,20 @@ def split_documents(tok, ids):
     return texts
 
 
-def test_sources_have_weights_and_folders_their_files(tmp_path):
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web/run").mkdir()
-    names = "web/a.txt web/b.jsonl web/notes.md web/run/metrics.jsonl web/run/best.jsonl wiki.txt"
-    for name in names.split():
+def test_sources_have_weights_and_folders_their_files(tmp_path, capsys):
+    names = """web/a.txt web/b.jsonl web/C.TXT web/notes.md web/d.txt.gz web/._a.txt
+        web/run/best.jsonl web/.ipynb_checkpoints/a.txt web/run/metrics.jsonl wiki.txt far/e.txt""".split()
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
+    (tmp_path / "web/far").symlink_to("../far")
+    (tmp_path / "far/back").symlink_to("../web")    # a circle of links ends
     specs = [f"{tmp_path}/web:0.5", f"{tmp_path}/wiki.txt", f"{tmp_path}/wiki.txt:2"]
-    web, wiki, again = corpus.find_sources(specs)
-    assert (web.weight, [Path(f).name for f in web.files]) == (0.5, ["a.txt", "b.jsonl"])
+    web, wiki, again = texts.find_sources(specs)
+    assert web.weight == 0.5
+    assert [Path(f).name for f in web.files] == ["C.TXT", "a.txt", "b.jsonl", "e.txt"]
     assert (wiki.name, wiki.weight, again.name, again.weight) == ("wiki", 1, "wiki~2", 2)
+    assert "web: not read: 1 .md, 1 .txt.gz" in capsys.readouterr().out
 
 
 def test_every_document_is_packed_once_between_bos_and_eos_and_held_out_ones_stay_out(
@@ -1427,15 +1430,12 @@ def test_every_document_is_packed_once_between_bos_and_eos_and_held_out_ones_sta
     assert index["dtype"] == "uint16"
 
 
-def test_of_one_long_document_the_last_tenth_is_held_out_whatever_the_pieces(
-    tmp_path, town, monkeypatch
-):
-    monkeypatch.setattr(records, "PIECE", 777)
+def test_of_one_long_document_the_last_tenth_is_held_out(tmp_path, town):
     text = "\n".join(record["text"] for record in town["stories"][:100])
     (tmp_path / "book.txt").write_text(text)
     index, tok, ids = prepared(tmp_path / "out", tmp_path / "book.txt")
     counts = index["sources"][0]["counts"]
-    assert counts["documents"] == counts["she"] == 1  # once, not once a piece
+    assert counts["documents"] == counts["she"] == 1
     cut = int(len(text) * 0.9)
     train, val = ids["book.train"], ids["book.val"]
     assert (train[0], tok.decode(train)) == (tok.bos_id, text[:cut])
@@ -1484,19 +1484,24 @@ def test_tokens_are_reused_until_the_text_changes_and_a_weight_changes_none(tmp_
 def test_lines_and_files_that_cannot_be_read_are_left_out_on_demand_and_counted(
     tmp_path, town, capsys
 ):
-    texts = [record["text"] for record in town["stories"][:60]]
-    lines = [json.dumps({"text": text}).encode() for text in texts]
+    texts_ = [record["text"] for record in town["stories"][:60]]
+    lines = [json.dumps({"text": text}).encode() for text in texts_]
     lines[7:7] = [b'{"text": "a', '{"text": "é"}'.encode("latin-1"), b'{"content": "a"}', b"[]"]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "b.txt").write_bytes("one\n\ncafé".encode("latin-1"))
+    (tmp_path / "c.txt").write_bytes(b"one\ntwo\0")
     with pytest.raises(ValueError, match="a.jsonl:8: broken JSON"):
         prepared(tmp_path / "out", tmp_path)
-    with pytest.raises(ValueError, match="b.txt: line 3 is not UTF-8"):
+    with pytest.raises(ValueError, match="b.txt: line 3: not UTF-8"):
         prepared(tmp_path / "out", tmp_path / "b.txt")
+    with pytest.raises(ValueError, match="c.txt: .*skipped: .*c.txt: line 2: binary data"):
+        prepared(tmp_path / "out", tmp_path / "c.txt", skip_bad=True)
     _, tok, ids = prepared(tmp_path / "out", tmp_path, skip_bad=True)
     (train, val) = ids.values()
-    assert sorted(split_documents(tok, train + val)) == sorted(texts)
-    assert "'broken JSON': 1, 'not UTF-N text': 1" in capsys.readouterr().out
+    assert sorted(split_documents(tok, train + val)) == sorted(texts_)
+    shown = capsys.readouterr().out
+    assert "'broken JSON': 1, 'not UTF-8 text': 1" in shown
+    assert "c.txt: line 2: binary data (a NUL byte)" in shown
 
 
 def test_two_copies_of_a_text_fall_on_one_side_whatever_they_are_called(tmp_path, town):
@@ -1512,47 +1517,30 @@ def test_two_copies_of_a_text_fall_on_one_side_whatever_they_are_called(tmp_path
 def test_searching_for_personal_details_takes_no_longer_on_odd_texts():
     """To the square of the length it would take hours."""
     for part in ("a", "1", "A", "1 ", "1 A", "a@", "a.", "@", "1-", "(", "she"):
-        piece = records.Piece((part * 400_000)[:400_000], "", True, "", 0, 400_000)
-        details, _ = corpus.examine(piece)
+        details = corpus.count_details((part * 400_000)[:400_000])
         assert details["e-mail"] <= 1
     found = corpus.PERSONAL["e-mail"].findall("to ada.b+c@mail.example, x@y.z; @no a@b")
     assert found == ["ada.b+c@mail.example", "x@y.z"]
 
 
-def die(piece):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_that_is_killed_ends_the_command_in_one_line(tmp_path, inputs, monkeypatch):
-    monkeypatch.setattr(corpus, "examine", die)
-    with pytest.raises(ValueError, match="a process that searches or encodes was killed"):
-        prepared(tmp_path / "out", inputs.text)
-
-
-def test_ten_times_the_text_takes_no_more_memory_to_prepare(tmp_path, town, monkeypatch):
+def test_ten_times_the_text_takes_no_more_memory_to_prepare(tmp_path, town, tok, monkeypatch):
     monkeypatch.setattr(corpus, "TOKENIZER_CHARS", 100_000)
-    monkeypatch.setattr(records, "PIECE", 2000)
-
-    class InProcess:  # so that the workers' memory counts too
-        @staticmethod
-        def submit(function, *args):
-            return SimpleNamespace(result=lambda: function(*args))
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 10_000)
 
     def peak(path):
         config = corpus.Settings(data=(str(path),))
-        sources = corpus.find_sources(config.data)
+        sources = texts.find_sources(config.data)
         tracemalloc.start()
-        left_out, _ = corpus.survey(sources, config, InProcess)
-        for _ in corpus.split_pieces(sources, left_out, config):
-            pass
+        left_out, _ = corpus.survey(sources, config)
+        documents = corpus.split_documents(sources, left_out, config)
+        corpus.write_tokens(documents, tok, tmp_path, "uint16")
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return highest
 
-    text = "\n".join(record["text"] for record in town["stories"][:5000])
-    (tmp_path / "one.txt").write_text(text)
-    (tmp_path / "ten.txt").write_text((text + "\n") * 10)
-    assert peak(tmp_path / "ten.txt") < 1.3 * peak(tmp_path / "one.txt")
+    one = write_jsonl(tmp_path / "one.jsonl", town["stories"][:2000])
+    ten = write_jsonl(tmp_path / "ten.jsonl", town["stories"][:2000] * 10)
+    assert peak(ten) < 1.3 * peak(one)
 
 
 # -------------------------------------------------------------------------------- data/preferences
@@ -3355,7 +3343,7 @@ def test_bad_text_stops_with_one_line(tmp_path, capsys, monkeypatch, name, conte
     if content is not None:
         (tmp_path / name).write_bytes(content)
     out = str(tmp_path / "tokens")
-    config = corpus.Settings(data=(str(tmp_path / name),), out=out, workers=1)
+    config = corpus.Settings(data=(str(tmp_path / name),), out=out)
     expect_one_line(capsys, monkeypatch, config, corpus, *words)
     assert not (tmp_path / "tokens/index.json").exists()
 
@@ -3370,7 +3358,7 @@ def test_bad_text_stops_with_one_line(tmp_path, capsys, monkeypatch, name, conte
 def test_a_corpus_that_cannot_be_made_stops_with_one_line(
     tmp_path, inputs, capsys, monkeypatch, changes, words
 ):
-    config = corpus.Settings(data=(inputs.text,), out=str(tmp_path / "t"), workers=1)
+    config = corpus.Settings(data=(inputs.text,), out=str(tmp_path / "t"))
     expect_one_line(capsys, monkeypatch, replace(config, **changes), corpus, *words)
 
 
@@ -3526,7 +3514,7 @@ def test_the_code_fits_its_page():
 
 # ----------------------------------------------------------------------------- a walk with own data
 SHORT = {  # what makes a command of the README take seconds
-    "data.corpus": "--vocab-size 400 --workers 1",
+    "data.corpus": "--vocab-size 400",
     "train_pretrain.py": "--max-steps 20 --seq-len 64 --eval-tokens 640",
     "train_sft.py": "--epochs 4 --batch-size 8",
     "data.preferences": "--max-new-tokens 12",

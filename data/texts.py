@@ -1,0 +1,119 @@
+"""Files of text to pretrain on: what --data of data.corpus names, document by document.
+
+    .txt                a document a file
+    .jsonl, .jsonl.gz   a document a line: {"text": ..., "url": ... (optional)}
+"""
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.records import given, read_json, reason_of, split_weight
+
+KNOWN = (".txt", ".jsonl", ".jsonl.gz")
+
+
+@dataclass
+class Source:
+    """One entry of --data."""
+    name: str
+    files: list[str]
+    weight: float
+    counts: Counter = field(default_factory=Counter)    # filled in by the first pass
+
+
+def find_sources(specs) -> list[Source]:
+    """FILE_OR_FOLDER[:WEIGHT], ... -> sources. Raises ValueError for missing and unknown files."""
+    sources, names = [], Counter()
+    for spec in specs:
+        path, weight = split_weight(spec)
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(f"--data {spec}: {path} does not exist")
+        files = find_files(path) if path.is_dir() else [str(path)]
+        if not files or not files[0].lower().endswith(KNOWN):
+            raise ValueError(f"--data {spec}: expected {', '.join(KNOWN)}, or a folder of them")
+        name = re.sub(r"\W+", "-", path.resolve().name.split(".")[0])
+        names[name] += 1
+        if names[name] > 1:
+            name = f"{name}~{names[name]}"
+        sources.append(Source(name, files, weight))
+    return sources
+
+
+def find_files(root: Path) -> list[str]:
+    """The text files of a folder, linked folders included; prints how many other files it has."""
+    found, others, visited = [], Counter(), set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        # Hidden files are an editor's or a system's copies. A link may lead back to this folder.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = [name for name in names if not name.startswith(".")]
+        # A run may write into a folder among the texts; its files are no text to learn from.
+        if os.path.realpath(folder) in visited or "metrics.jsonl" in names:
+            names = []
+        visited.add(os.path.realpath(folder))
+        for name in names:
+            if name.lower().endswith(KNOWN):
+                found.append(Path(folder, name))
+            else:
+                others["".join(Path(name).suffixes[-2:]) or name] += 1
+    if others:
+        print(f"{root}: not read: " + ", ".join(f"{n} {end}" for end, n in others.most_common(9)))
+    return [str(path) for path in sorted(found)]
+
+
+@dataclass
+class Document:
+    """A text to pretrain on, and where it comes from."""
+    text: str
+    where: str          # its file and line
+    host: str = ""      # of its url, if it has one
+
+    @property
+    def site(self) -> str:
+        """What is left out as one: all pages of a host; without a url, the document alone."""
+        return self.host or self.where
+
+
+def read_documents(source: Source, skipped: Counter | None):
+    """Yield the documents of a source.
+
+    A line or file that cannot be read is a ValueError; with a Counter, it is skipped and counted.
+    """
+    for path in source.files:
+        is_text = path.lower().endswith(".txt")
+        for where, record in [(path, read_text(path))] if is_text else read_json(path):
+            try:
+                document = to_document(record, where)
+            except ValueError as e:
+                if skipped is None:
+                    raise ValueError(f"{where}: {e}; correct it, or --skip-bad skips it") from None
+                # A text file is a whole book: its name and line are worth a line of their own.
+                skipped[f"{where}: {e}" if is_text else reason_of(e)] += 1
+                continue
+            if document.text:
+                yield document
+
+
+def read_text(path: str) -> dict | ValueError:
+    """The record of a .txt file, {"text"}, or a ValueError that says why there is none."""
+    data = Path(path).read_bytes()
+    try:
+        text, bad = data.decode("utf-8-sig"), data.find(b"\0")
+        reason = "binary data (a NUL byte); expected UTF-8 text"
+    except UnicodeDecodeError as e:
+        bad, reason = e.start, f"not UTF-8 text ({e.reason}); convert it first"
+    if bad >= 0:
+        return ValueError(f"line {data[:bad].count(10) + 1}: {reason}")
+    return {"text": text}
+
+
+def to_document(record, where: str) -> Document:
+    """{"text", "url"} -> Document. Raises ValueError."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError('expected an object {"text": "..."}')
+    host = re.match(r"(?:\w+://)?([^/]+)", str(given(record, "url") or ""))
+    return Document(record["text"], where, host[1] if host else "")
