@@ -1068,7 +1068,7 @@ def test_attacks_ask_for_crimes_in_five_ways_and_held_out_wordings_are_other_one
                     asked = prompts.attack(rng, residents, how, topic, held_out)
                     messages = asked["prompt"]
                     assert asked["about"] in messages[-1]["content"]
-                    assert records.as_messages(messages) == messages
+                    assert records.prompt_to_messages(messages) == messages
                     assert (messages[0]["role"] == "system") is (how == "system prompt")
                     assert (len(messages) > 2) is (how == "lead-up")
                     frame = messages[-1]["content"].replace(asked["about"], "{q}")
@@ -1330,7 +1330,7 @@ ODD = [
 def test_pairs_that_teach_nothing_are_counted_and_left_out(tmp_path, tok):
     parse = parser_of("pair", tok)
     for record, words in ODD:
-        with pytest.raises(records.Unusable, match=words):
+        with pytest.raises(records.SkipRecord, match=words):
             parse(record)
     path = write_jsonl(tmp_path / "p.jsonl", [GOOD_PAIR, *(record for record, _ in ODD)])
     found, left_out = records.read_records([path], parse)
@@ -1347,7 +1347,7 @@ def test_what_stands_beside_a_prompt_is_asked_too(tok):
     ):
         prompt = records.to_prompt(record, tok, 200)
         assert prompt.tokens == encode_dialog(tok, whole)[0]
-        assert records.as_messages(records.to_prompt(dict(prompt=prompt.text), tok, 200).text)
+        assert records.prompt_to_messages(records.to_prompt(dict(prompt=prompt.text), tok, 200).text)
         assert prompt.is_safety is False
     alone = records.to_prompt(dict(prompt="c", system=None), tok, 200)
     assert alone.text == "c"
@@ -1556,7 +1556,7 @@ def test_two_variants_answer_at_all_temperatures_and_either_may_stand_first(monk
     monkeypatch.setattr(preferences, "respond", respond)
     config = preferences.Settings(temperatures=(0.5, 1.0), max_new_tokens=33)
     sixty = [{"prompt": f"p{i}"} for i in range(60)]
-    found = preferences.collect(["new", "old"], None, sixty, 0, config)
+    found = preferences.generate_pairs(["new", "old"], None, sixty, 0, config)
     assert set(asked) == {("new", 33), ("old", 33)}
     assert all(text.endswith(f" p{i}") for i, both in enumerate(found) for text in both)
     assert {a.split()[0] for a, _ in found} == {"new", "old"}
@@ -1699,14 +1699,14 @@ def test_answers_that_disobey_are_thrown_away_by_the_rule_and_counted(tok, monke
     monkeypatch.setattr(ghost_attention, "respond", respond)
     users, config = [["q1", "q2", "q3"], ["r1", "r2"]], ghost_attention.Settings(history=200)
     model, drawn = make_model(max_seq_len=300), [("Be the fox.", [FOX])] * 2
-    done, disobeyed = ghost_attention.sample(model, tok, users, drawn, 0, config)
+    done, disobeyed = ghost_attention.sample_dialogs(model, tok, users, drawn, 0, config)
     assert disobeyed == 2
     assert done[0] == [("q1", "The fox says: q1"), ("q3", "The fox says: q3")]
     assert done[1] == [("r1", "The fox says: r1")]
     assert seen[2] == [["Be the fox. q1", "The fox says: q1", "Be the fox. q3"]]
     seen.clear()
     config = replace(config, history=1)  # no room for what was said: the newest message alone
-    ghost_attention.sample(model, tok, users, drawn, 0, config)
+    ghost_attention.sample_dialogs(model, tok, users, drawn, 0, config)
     assert seen[2] == [["Be the fox. q3"]]
 
 
@@ -1772,7 +1772,7 @@ def test_the_gate_learns_exactly_the_answers_that_are_scored_higher(
         return [points[d[-1]["content"]] for d in dialogs]
 
     monkeypatch.setattr(distillation, "respond", respond)
-    monkeypatch.setattr(distillation, "score", score)
+    monkeypatch.setattr(distillation, "score_dialogs", score)
     asked = [dict(prompt=f"q{i}") for i in range(3)]
     asked += [dict(prompt=say("q3", system="Answer all.")), dict(prompt="Too long. " * 99)]
     config = distillation.Settings(
@@ -1833,8 +1833,8 @@ def test_gradients_are_clipped_to_a_norm_of_1_and_a_nan_is_an_error_without_a_st
 
 def test_a_process_without_a_share_of_a_small_batch_weighs_nothing(monkeypatch):
     monkeypatch.setattr(training, "rank_and_world_size", lambda: (1, 2))
-    assert training.share_of_batch([1, 2, 3]) == ([2], 1.0)
-    assert training.share_of_batch([1]) == ([1], 0.0)
+    assert training.local_batch([1, 2, 3]) == ([2], 1.0)
+    assert training.local_batch([1]) == ([1], 0.0)
 
 
 def test_settings_come_from_the_command_line_and_help_names_the_papers_value(capsys):
@@ -2021,10 +2021,10 @@ def test_long_dialogues_are_cut_behind_a_turn_and_texts_are_learned_whole(tok):
     assert endless == found                 # and in seconds, however many turns are cut off
     whole = sft.encode_example(dict(messages=say("a b", "c d")), tok, turn)
     assert (len(whole.tokens), whole.cut) == (turn, False)
-    with pytest.raises(records.Unusable, match="longer than --seq-len in its first turn"):
+    with pytest.raises(records.SkipRecord, match="longer than --seq-len in its first turn"):
         sft.encode_example(dict(messages=say("a " * 99, "b")), tok, 64)
     unheard = [dict(role="user", content="a"), dict(role="assistant", content="b", weight=0)]
-    with pytest.raises(records.Unusable, match="no answer to train on"):
+    with pytest.raises(records.SkipRecord, match="no answer to train on"):
         sft.encode_example(dict(messages=unheard), tok, 64)
     found = sft.encode_example({"text": "a fox lived"}, tok, 64)
     assert found.tokens == tok.encode("a fox lived", bos=True, eos=True)
@@ -2178,7 +2178,7 @@ def test_of_a_long_dialogue_the_end_is_kept_and_a_cut_difference_drops_the_pair(
     (whole,), (short,) = encode_pairs(tok, pair, context=1000), encode_pairs(tok, pair, context=20)
     assert (short.chosen, short.rejected) == (whole.chosen[-20:], whole.rejected[-20:])
     assert whole.chosen[-1] == whole.rejected[-1] == tok.eos_id
-    with pytest.raises(records.Unusable, match="context"):
+    with pytest.raises(records.SkipRecord, match="context"):
         pair = dict(prompt="a", chosen="yes" + " w" * 60, rejected="no" + " w" * 60)
         encode_pairs(tok, pair, context=20)
 
@@ -2215,15 +2215,15 @@ def test_a_score_depends_on_its_dialogue_alone(tok):
     model = make_reward_model(tok)
     longer = say("who is it?", "the fox and the owl", "and", "no")
     dialogs = [say("a", "b"), longer, say("x y", "z")]
-    alone = [llama2.score(model, tok, [dialog])[0] for dialog in dialogs]
-    assert llama2.score(model, tok, dialogs) == pytest.approx(alone, abs=1e-5)
-    assert llama2.score(model, tok, dialogs[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
+    alone = [llama2.score_dialogs(model, tok, [dialog])[0] for dialog in dialogs]
+    assert llama2.score_dialogs(model, tok, dialogs) == pytest.approx(alone, abs=1e-5)
+    assert llama2.score_dialogs(model, tok, dialogs[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
     tokens = encode_dialog(tok, dialogs[0])[0]
     assert model(torch.tensor([tokens]))[0, -1].item() == pytest.approx(alone[0], abs=1e-5)
     long = say("w " * 400 + "end", "b")
     tokens = encode_dialog(tok, long)[0][-256:]
     by_hand = model(torch.tensor([tokens]))[0, -1].item()
-    assert llama2.score(model, tok, [long])[0] == pytest.approx(by_hand, abs=1e-5)
+    assert llama2.score_dialogs(model, tok, [long])[0] == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_a_reward_model_knows_what_the_chat_model_knows(tmp_path, base):
@@ -2433,7 +2433,7 @@ def test_ppo_finds_the_token_that_is_rewarded(tok, judges, monkeypatch):
         good = torch.tensor([float(answer.tokens.count(wanted)) for answer in found])
         return rlhf.Scores(good, good, good, good < 0, good > -1)
 
-    monkeypatch.setattr(rlhf, "score", score)
+    monkeypatch.setattr(rlhf, "score_answers", score)
     monkeypatch.setattr(rlhf, "evaluate", lambda *_: next(looks))
     looks = iter(range(999))
     config, learner, models, asked, folder = ppo_models(
@@ -2518,7 +2518,7 @@ def test_the_pool_keeps_the_best_of_all_versions(tok, judges):
     pool = rlhf.make_pool(earlier + newest, models)
     assert sorted(found.prompt.text for found in pool) == ["a", "b", "c"]
     of_a = [earlier[0], earlier[2], newest[0]]
-    rewards = [rlhf.score(models, [found]).reward.item() for found in of_a]
+    rewards = [rlhf.score_answers(models, [found]).reward.item() for found in of_a]
     kept = next(found for found in pool if found.prompt.text == "a")
     assert kept == of_a[rewards.index(max(rewards))]
 
@@ -2552,7 +2552,7 @@ def test_reward_models_have_to_fit_the_policy(tmp_path, tok, letters, judges, ca
     models = rlhf.load_reward_models(tmp_path / "alone", policy, tok, "policy")
     assert list(models) == ["helpfulness"]
     assert "only the helpfulness model gives the rewards" in capsys.readouterr().out
-    found = rlhf.score(models, [answer_of([1, 5, 6, 2], 2, is_safety=True)])
+    found = rlhf.score_answers(models, [answer_of([1, 5, 6, 2], 2, is_safety=True)])
     assert found.reward == found.helpfulness
 
 

@@ -7,7 +7,7 @@
 import random
 
 from bench import OUT, figures, paper, print_table, run, seeds_of, train
-from data.records import as_messages, assistant_says, write_records
+from data.records import prompt_to_messages, assistant_message, write_records
 from llama2 import load, respond
 from tinytown import annotator, prompts, world
 
@@ -52,7 +52,7 @@ def distillation(seeds):
 def written(rng, asked: dict) -> dict:
     """A dialogue of one prompt, answered by a careful writer."""
     answer = prompts.good_answer(rng, asked)
-    return {"messages": as_messages(asked["prompt"]) + [assistant_says(answer)]}
+    return {"messages": prompt_to_messages(asked["prompt"]) + [assistant_message(answer)]}
 
 
 def scaling(seeds):

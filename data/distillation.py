@@ -18,12 +18,12 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from common.run import Output, load_fitting, run_script, weights_of
+from common.run import Output, load_fitting, run_script, checkpoint_files
 from common.settings import check_settings
-from common.training import all_gather, is_main, print0, setup, share
-from data.records import (Unusable, assistant_says, files_of, given, prompt_of, read_instructions,
-                          read_some, to_messages, write_records)
-from llama2 import Dtype, RewardModel, Transformer, encode_dialog, load, respond, score
+from common.training import all_gather, is_main, print0, setup, local_part
+from data.records import (SkipRecord, assistant_message, data_paths, get_field, read_prompt, read_instructions,
+                          read_and_count, to_messages, write_records)
+from llama2 import Dtype, RewardModel, Transformer, encode_dialog, load, respond, score_dialogs
 
 
 @dataclass
@@ -62,29 +62,29 @@ def distil(model, tok, safety_model, prompts, prefixed, seed: int, config) -> li
     distilled = respond(model, tok, prefixed, *limits)
     plain = respond(model, tok, prompts, *limits)
     # The safety model judges what will be learned, dialogues without a pre-prompt.
-    new_scores = score(safety_model, tok, answered(prompts, distilled))
-    old_scores = score(safety_model, tok, answered(prompts, plain))
+    new_scores = score_dialogs(safety_model, tok, answered(prompts, distilled))
+    old_scores = score_dialogs(safety_model, tok, answered(prompts, plain))
     records = []
     for messages, new, old, new_score, old_score in zip(prompts, distilled, plain, new_scores,
                                                         old_scores):
         improved = new_score > old_score
         answer = new if improved or not config.gate else old
         records.append({
-            "messages": messages + [assistant_says(answer)], "distilled": new, "plain": old,
+            "messages": messages + [assistant_message(answer)], "distilled": new, "plain": old,
             "distilled_score": new_score, "plain_score": old_score, "improved": improved})
     return records
 
 
 def answered(prompts, texts) -> list[list[dict]]:
-    return [messages + [assistant_says(text or "...")] for messages, text in zip(prompts, texts)]
+    return [messages + [assistant_message(text or "...")] for messages, text in zip(prompts, texts)]
 
 
 def main(config: Settings):
     """Write dialogues to learn from, or find them there."""
-    check_settings(config, or_0=("temperature",))
+    check_settings(config, may_be_zero=("temperature",))
     device, rank, _ = setup(config.device)
-    files = files_of(config.data) + files_of(config.pre_prompts)
-    output = Output(config.out, config, files + weights_of(config.chat, config.rm))
+    files = data_paths(config.data) + data_paths(config.pre_prompts)
+    output = Output(config.out, config, files + checkpoint_files(config.chat, config.rm))
     if output.exists:
         return print0(f"{config.out} is there already")
     model, tok = load(config.chat, device, config.dtype, Transformer)
@@ -93,16 +93,16 @@ def main(config: Settings):
     rng = random.Random(f"pre-prompts {config.seed}")
 
     def parse(record):
-        if isinstance(record, dict) and given(record, "prompt") is not None:
-            messages = prompt_of(record)
+        if isinstance(record, dict) and get_field(record, "prompt") is not None:
+            messages = read_prompt(record)
         else:
             messages = to_messages(record)[:-1]
         prefixed = with_system_prompt(rng.choice(pre_prompts)["instruction"], messages)
         if len(encode_dialog(tok, prefixed)[0]) >= model.args.max_seq_len:
-            raise Unusable("longer than the context behind a pre-prompt")
+            raise SkipRecord("longer than the context behind a pre-prompt")
         return messages, prefixed
 
-    pairs = share(read_some(config.data, parse, config.skip_bad, "prompt"))
+    pairs = local_part(read_and_count(config.data, parse, config.skip_bad, "prompt"))
     prompts, prefixed = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     seed = config.seed + 1000 * rank
     records = all_gather(distil(model, tok, safety_model, prompts, prefixed, seed, config))

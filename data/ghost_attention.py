@@ -23,10 +23,10 @@ import random
 import re
 from dataclasses import dataclass
 
-from common.run import Output, run_script, weights_of
+from common.run import Output, run_script, checkpoint_files
 from common.settings import check_settings
-from common.training import all_gather, is_main, print0, setup, share
-from data.records import files_of, read_instructions, read_some, to_messages, write_records
+from common.training import all_gather, is_main, print0, setup, local_part
+from data.records import data_paths, read_instructions, read_and_count, to_messages, write_records
 from llama2 import Dtype, Transformer, encode_dialog, load, respond
 
 
@@ -95,7 +95,7 @@ def length(tok, messages) -> int:
     return len(encode_dialog(tok, messages)[0])
 
 
-def sample(model, tok, users, drawn, seed: int, config):
+def sample_dialogs(model, tok, users, drawn, seed: int, config):
     """([[(question, answer), ...] of each dialogue], how many answers disobeyed).
 
     users: the questions of each dialogue; drawn: (text, instructions) of each.
@@ -138,9 +138,9 @@ def to_learn(tok, turns, text: str, rng, config) -> list[dict]:
 
 def main(config: Settings):
     """Write dialogues to learn from, or find them there."""
-    check_settings(config, or_0=("temperature", "beginnings"))
+    check_settings(config, may_be_zero=("temperature", "beginnings"))
     device, rank, _ = setup(config.device)
-    files = files_of(config.data) + files_of(config.instructions) + weights_of(config.chat)
+    files = data_paths(config.data) + data_paths(config.instructions) + checkpoint_files(config.chat)
     output = Output(config.out, config, files)
     if output.exists:
         return print0(f"{config.out} is there already")
@@ -153,12 +153,12 @@ def main(config: Settings):
         return users[:config.turns]
 
     known = read_instructions(config.instructions, tok, config.skip_bad)
-    users = read_some(config.data, parse, config.skip_bad, "dialogue")
+    users = read_and_count(config.data, parse, config.skip_bad, "dialogue")
     rng = random.Random(f"instructions {config.seed}")
     drawn = [combine(rng, known) for _ in users]
 
     seed = 1000 * config.seed + 100 * rank
-    done, disobeyed = sample(model, tok, share(users), share(drawn), seed, config)
+    done, disobeyed = sample_dialogs(model, tok, local_part(users), local_part(drawn), seed, config)
     done, disobeyed = all_gather(done), sum(all_gather([disobeyed]))
     records = []
     for turns, (text, _) in zip(done, drawn):

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from common.run import Output, load_fitting, run_script, weights_of
+from common.run import Output, load_fitting, run_script, checkpoint_files
 from common.settings import check_settings
-from common.training import all_gather, is_main, print0, setup, share
-from data.records import (RATINGS, as_messages, files_of, read_objects, read_some,
+from common.training import all_gather, is_main, print0, setup, local_part
+from data.records import (RATINGS, prompt_to_messages, data_paths, read_objects, read_and_count,
                           to_prompt, write_records)
 from llama2 import Dtype, Transformer, load, respond
 
@@ -68,14 +68,14 @@ def answer_all(model, tok, prompts, seed: int, config) -> list[str]:
     texts = [""] * len(prompts)
     for temperature in config.temperatures:
         indices = [i for i in range(len(prompts)) if temperatures[i] == temperature]
-        dialogs = [as_messages(prompts[i]["prompt"]) for i in indices]
+        dialogs = [prompt_to_messages(prompts[i]["prompt"]) for i in indices]
         answers = respond(model, tok, dialogs, config.max_new_tokens, temperature, seed)
         for i, answer in zip(indices, answers):
             texts[i] = answer
     return texts
 
 
-def collect(variants, tok, prompts, seed: int, config) -> list[list[str]]:
+def generate_pairs(variants, tok, prompts, seed: int, config) -> list[list[str]]:
     """[[answer a, answer b], ...]: either variant may stand first."""
     rng = random.Random(seed)
     first = answer_all(variants[0], tok, prompts, seed, config)
@@ -102,17 +102,17 @@ def read_prompts(config, tok, context: int) -> list[dict]:
                              "--annotator person, or nobody")
         return record | {"prompt": prompt.text, "is_safety": prompt.is_safety}
 
-    return read_some(config.prompts, parse, config.skip_bad, "prompt")
+    return read_and_count(config.prompts, parse, config.skip_bad, "prompt")
 
 
 # --------------------------------------------------------------------------------------- annotators
-def tinytown_compares(prompts, answers, seed: int) -> list[dict]:
+def compare_by_tinytown(prompts, answers, seed: int) -> list[dict]:
     from tinytown.annotator import compare      # the one place where data/ meets the toy world
     rng = random.Random(f"annotator {seed}")
     return [compare(rng, prompt, a, b) for prompt, (a, b) in zip(prompts, answers)]
 
 
-def left_blank(prompts, answers) -> list[dict]:
+def unlabelled_pairs(prompts, answers) -> list[dict]:
     """Pairs for others to compare."""
     records = []
     for prompt, (a, b) in zip(prompts, answers):
@@ -128,7 +128,7 @@ def choose(question: str, letters: str) -> str:
     return letter
 
 
-def ask_person(pair) -> dict:
+def ask_comparison(pair) -> dict:
     """One comparison, at the terminal or through a pipe."""
     print(f"{pair['prompt']}\n  a) {pair['a']}\n  b) {pair['b']}")
     better = choose("which is better", "ab")
@@ -140,7 +140,7 @@ def ask_person(pair) -> dict:
             "rejected_safe": safe[worse], "kind": pair["kind"]}
 
 
-def person_compares(pairs, path: Path):
+def label_by_person(pairs, path: Path):
     """Label pairs one by one; each is saved at once, and a later call goes on behind it."""
     done = []
     if path.exists():
@@ -148,7 +148,7 @@ def person_compares(pairs, path: Path):
     try:
         for number in range(len(done), len(pairs)):
             print(f"\n{number + 1} of {len(pairs)}")
-            done.append(ask_person(pairs[number]))
+            done.append(ask_comparison(pairs[number]))
             write_records(path, done)
     except (EOFError, KeyboardInterrupt):
         pass
@@ -157,26 +157,26 @@ def person_compares(pairs, path: Path):
 
 
 # -------------------------------------------------------------------------------------------- main
-def collect_pairs(config, device, rank: int) -> list[dict]:
+def make_pairs(config, device, rank: int) -> list[dict]:
     """Two answers to each prompt, compared by the annotator, or left blank for one."""
     variants, tok = load_variants(config, device)
     context = min(variant.args.max_seq_len for variant in variants)
     prompts = read_prompts(config, tok, context)
-    answers = collect(variants, tok, share(prompts), 1000 * config.seed + rank, config)
+    answers = generate_pairs(variants, tok, local_part(prompts), 1000 * config.seed + rank, config)
     answers = all_gather(answers)
     if config.annotator == "tinytown":
-        return tinytown_compares(prompts, answers, config.seed)
-    return left_blank(prompts, answers)
+        return compare_by_tinytown(prompts, answers, config.seed)
+    return unlabelled_pairs(prompts, answers)
 
 
 def main(config: Settings):
     """Write a file of compared pairs, or find it there."""
-    check_settings(config, or_0=("blend", "temperatures"), shares=("blend",))
+    check_settings(config, may_be_zero=("blend", "temperatures"), at_most_one=("blend",))
     device, rank, _ = setup(config.device)
     person = config.annotator == "person"
     # A person's labels come one by one, so the answers that they are given to have to wait.
     path = Path(f"{config.out}.pairs.jsonl") if person else Path(config.out)
-    files = files_of(config.prompts) + weights_of(config.chat, config.other)
+    files = data_paths(config.prompts) + checkpoint_files(config.chat, config.other)
     if Path(config.out).exists() and not path.exists() and not config.overwrite:
         raise ValueError(f"{config.out} exists, and holds no labels of this run: choose another "
                          "--out, or --overwrite it")
@@ -184,7 +184,7 @@ def main(config: Settings):
     if output.exists:
         print0(f"{path} is there already")
     else:
-        records = collect_pairs(config, device, rank)
+        records = make_pairs(config, device, rank)
         if is_main():
             if person:      # --overwrite: the labels of the old answers are deleted with them
                 Path(config.out).unlink(missing_ok=True)
@@ -192,7 +192,7 @@ def main(config: Settings):
         print0(f"{len(records):,} pairs in {path}")
     if person and is_main():
         pairs = [pair for _, pair in read_objects(path, a=str, b=str)]
-        person_compares(pairs, Path(config.out))
+        label_by_person(pairs, Path(config.out))
 
 
 if __name__ == "__main__":

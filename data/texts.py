@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.records import given, read_json, reason_of, split_weight
+from data.records import get_field, read_json, shared_reason, split_weight
 
 KNOWN = (".txt", ".jsonl", ".jsonl.gz")
 
@@ -90,7 +90,7 @@ def read_documents(source: Source, skipped: Counter | None):
                 if skipped is None:
                     raise ValueError(f"{where}: {e}; correct it, or --skip-bad skips it") from None
                 # A text file is a whole book: its name and line are worth a line of their own.
-                skipped[f"{where}: {e}" if is_text else reason_of(e)] += 1
+                skipped[f"{where}: {e}" if is_text else shared_reason(e)] += 1
                 continue
             if document.text:
                 yield document
@@ -115,5 +115,5 @@ def to_document(record, where: str) -> Document:
         raise record
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError('expected an object {"text": "..."}')
-    host = re.match(r"(?:\w+://)?([^/]+)", str(given(record, "url") or ""))
+    host = re.match(r"(?:\w+://)?([^/]+)", str(get_field(record, "url") or ""))
     return Document(record["text"], where, host[1] if host else "")

@@ -18,7 +18,7 @@ from common.run import run_script
 from common.settings import check_settings
 from common.training import setup
 from data.ghost_attention import obeys
-from data.records import as_messages, read_objects, user_says
+from data.records import prompt_to_messages, read_objects, user_message
 from evaluate import name_folders, percent_table, read_truths
 from llama2 import Dtype, Transformer, encode_dialog, generate, load, respond, write_json
 from tinytown.annotator import judge, quality, without_marks
@@ -81,7 +81,7 @@ def shares(prompts, texts) -> dict[str, float]:
 def examine_answers(config, device) -> dict:
     """{model: {row: share}}, each model greedily and sampled."""
     prompts = read_truths(config.prompts)
-    dialogs = [as_messages(asked["prompt"]) for asked in prompts]
+    dialogs = [prompt_to_messages(asked["prompt"]) for asked in prompts]
     columns, texts = {}, []
     for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, config.dtype, Transformer)
@@ -136,7 +136,7 @@ def hold_conversations(model, tok, dialogs, config) -> list[list[str]]:
     histories, answers = [], [[] for _ in dialogs]
     for dialog in dialogs:
         first = f"{dialog['instruction']} {dialog['prompts'][0]['prompt']}"
-        histories.append([user_says(first)])
+        histories.append([user_message(first)])
     room = model.args.max_seq_len - config.max_new_tokens
     for turn in range(max(TURNS)):
         fits = [len(encode_dialog(tok, history)[0]) <= room for history in histories]
@@ -147,7 +147,7 @@ def hold_conversations(model, tok, dialogs, config) -> list[list[str]]:
             found.append(text)
             history.append({"role": "assistant", "content": text})
             if turn + 1 < max(TURNS):
-                history.append(user_says(dialog["prompts"][turn + 1]["prompt"]))
+                history.append(user_message(dialog["prompts"][turn + 1]["prompt"]))
     return answers
 
 
@@ -221,7 +221,7 @@ def examine_samples(config) -> dict:
 # -------------------------------------------------------------------------------------------- main
 def main(config: Settings) -> dict:
     """One examination; prints its table, returns its figures."""
-    check_settings(config, or_0=("show",))
+    check_settings(config, may_be_zero=("show",))
     device, _, _ = setup(config.device)
     if config.samples:
         found = examine_samples(config)
