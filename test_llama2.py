@@ -46,6 +46,7 @@ from bench.ghost import attention_weights
 from common import run as runs, training
 from common.settings import describe_settings, parse_settings
 from data import corpus, distillation, ghost_attention, preferences, records, texts
+from data.formats import KINDS, RATINGS, combine_instructions
 from evaluate import answers, name_folders, percent_table, reward_models, scoreboard, wilson
 from llama2 import (SIZES, KVCache, ModelArgs, RewardModel, RMSNorm, Tokenizer, Transformer,
                     apply_rotary_emb, compute_freqs_cis, encode_dialog, generate, kv_cache_bytes,
@@ -112,7 +113,7 @@ def base(tmp_path_factory, tok):
 def judges(tmp_path_factory, tok):
     """A folder of two random reward models."""
     folder = tmp_path_factory.mktemp("judges")
-    for seed, kind in enumerate(records.KINDS):
+    for seed, kind in enumerate(KINDS):
         save(folder / kind, make_reward_model(tok, seed), tok)
     return folder
 
@@ -1033,7 +1034,7 @@ def test_instructions_are_obeyed_by_their_writers_and_unseen_ones_are_unseen():
     for _ in range(300):
         asked = prompts.prompt(rng, residents)
         state = rng.getstate()
-        text, chosen = prompts.combine(rng, known)
+        text, chosen = combine_instructions(rng, known)
         rng.setstate(state)
         user, assistant = (m["content"] for m in prompts.instructed(rng, asked, known))
         assert user == f"{text} {asked['prompt']}"
@@ -2115,7 +2116,7 @@ def test_fine_tuning_teaches_to_answer_and_to_stop(tmp_path, inputs):
     [("none", (0, 0, 0, 0)), ("small", (1, 2 / 3, 1 / 3, 0)), ("large", (3, 2, 1, 0))],
 )
 def test_the_ranking_loss_and_its_gradient_by_hand_for_each_margin(margin, by_rating):
-    found = [reward.MARGINS[margin].get(rating, 0) for rating in records.RATINGS]
+    found = [reward.MARGINS[margin].get(rating, 0) for rating in RATINGS]
     assert tuple(found) == by_rating
     chosen, rejected = torch.tensor([1.0, -0.5, 2.0, 0.3], requires_grad=True), torch.randn(4)
     loss = reward.ranking_loss(chosen, rejected, torch.tensor(by_rating))
@@ -2487,7 +2488,7 @@ def test_the_best_finished_answer_of_each_prompt_is_kept(tok, judges):
         policy, [p.tokens for p in repeated], 20, 1.0, seed=1 + 10**6, eos_id=tok.eos_id
     )
     sequences = [prompt.tokens + out for prompt, out in zip(repeated, sampled)]
-    helpful, safe = (llama2.score_sequences(models[kind], sequences) for kind in records.KINDS)
+    helpful, safe = (llama2.score_sequences(models[kind], sequences) for kind in KINDS)
     expected, highest = [], []
     for n, prompt in enumerate(asked):
         rewards = {}
@@ -3441,10 +3442,10 @@ def test_pretraining_goes_on_only_with_the_models_own_tokenizer(
 # -------------------------------------------------------------------------------- the house's rules
 ROOMS = {  # what a file's imports may begin with, of the project
     "llama2.py": (),
-    "tinytown": ("tinytown",),
+    "tinytown": ("data.formats", "tinytown"),
     "common": ("common", "llama2"),
     "data": ("common", "data", "llama2"),
-    "train": ("common", "data.records", "llama2"),      # and pretraining, which reads tokens
+    "train": ("common", "data.formats", "data.records", "llama2"),      # and pretraining, which reads tokens
     "evaluate": ("common", "data", "evaluate", "llama2", "tinytown", "train_rm", "train_rlhf"),
 }
 EXCEPTIONS = {

@@ -5,7 +5,7 @@
 import json
 
 from bench import figures, paper, print_table, seeds_of
-from data.records import KINDS
+from data.formats import KINDS
 
 
 def answers(start, *folders):

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from common.run import Output, run_script, checkpoint_files
 from common.settings import check_settings
 from common.training import all_gather, is_main, print0, setup, local_part
+from data.formats import combine_instructions
 from data.records import data_paths, read_instructions, read_and_count, to_messages, write_records
 from llama2 import Dtype, Transformer, encode_dialog, load, respond
 
@@ -52,15 +53,6 @@ class Settings:
 
     # The same file may be asked for with other values of these. They do not change what is in it.
     MAY_CHANGE = ("out", "overwrite", "device")
-
-
-def combine(rng, known: list[dict]) -> tuple[str, list[dict]]:
-    """(text, its instructions): one, or two of different kinds; half of the time in terse form."""
-    chosen, form = [rng.choice(known)], rng.choice(["instruction", "terse"])
-    others = [one for one in known if one["kind"] != chosen[0]["kind"]]
-    if others and rng.random() < 1 / 3:
-        chosen.append(rng.choice(others))
-    return " ".join(one[form] for one in chosen), chosen
 
 
 def obeys(answer: str, instructions: list[dict]) -> bool:
@@ -155,7 +147,7 @@ def main(config: Settings):
     known = read_instructions(config.instructions, tok, config.skip_bad)
     users = read_and_count(config.data, parse, config.skip_bad, "dialogue")
     rng = random.Random(f"instructions {config.seed}")
-    drawn = [combine(rng, known) for _ in users]
+    drawn = [combine_instructions(rng, known) for _ in users]
 
     seed = 1000 * config.seed + 100 * rank
     done, disobeyed = sample_dialogs(model, tok, local_part(users), local_part(drawn), seed, config)

@@ -22,7 +22,8 @@ from typing import Literal
 from common.run import Output, load_fitting, run_script, checkpoint_files
 from common.settings import check_settings
 from common.training import all_gather, is_main, print0, setup, local_part
-from data.records import (RATINGS, prompt_to_messages, data_paths, read_objects, read_and_count,
+from data.formats import RATINGS
+from data.records import (prompt_to_messages, data_paths, read_objects, read_and_count,
                           to_prompt, write_records)
 from llama2 import Dtype, Transformer, load, respond
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from common.run import load_fitting, run_script
 from common.training import setup
-from data.records import KINDS, RATINGS, read_records, to_pair
+from data.formats import KINDS, RATINGS
+from data.records import read_records, to_pair
 from evaluate import name_folders, read_truths, wilson
 from llama2 import Dtype, RewardModel, load, score_sequences, write_json
 from tinytown.annotator import annotators, compare, gwet_ac2, on_scale

@@ -11,9 +11,9 @@ import random
 import re
 import statistics
 
+from data.formats import RATINGS
 from tinytown.world import ADVICE, NAMES, VALUES
 
-RATINGS = ["significantly", "better", "slightly", "negligibly"]     # better than the other answer
 NOISE = 0.3     # of an annotator's feeling for a gap, in points of `quality`
 
 

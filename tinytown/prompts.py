@@ -16,6 +16,7 @@ import itertools
 import random
 import re
 
+from data.formats import combine_instructions
 from tinytown.world import (ADVICE, ANIMALS, CRIMES, NAMES, PHRASES, TIPS, VALUES, WORDINGS, a,
                             chatter, story)
 
@@ -212,18 +213,9 @@ def instructions(kinds=tuple(INSTRUCTIONS), held_out: bool = False) -> list[dict
     return found
 
 
-def combine(rng, known: list[dict]) -> tuple[str, list[dict]]:
-    """(text, its records): one instruction or two of different kinds, half of them terse."""
-    chosen, form = [rng.choice(known)], rng.choice(["instruction", "terse"])
-    others = [record for record in known if record["kind"] != chosen[0]["kind"]]
-    if others and rng.random() < 1 / 3:
-        chosen.append(rng.choice(others))
-    return " ".join(record[form] for record in chosen), chosen
-
-
 def instructed(rng, asked: dict, known: list[dict]) -> list[dict]:
     """A question behind instructions, and an answer that obeys them."""
-    text, chosen = combine(rng, known)
+    text, chosen = combine_instructions(rng, known)
     answer = good_answer(rng, asked)
     for record in sorted(chosen, key=lambda record: list(INSTRUCTIONS).index(record["kind"])):
         answer = record["answer"].format(a=answer)
@@ -306,7 +298,7 @@ def obedience(residents, count: int, turns: int, seed: int = 1) -> list[dict]:
               "a kind never trained": instructions(NEVER_TRAINED)}
     for group, known in groups.items():
         for one in asked:
-            text, rules = combine(rng, known)
+            text, rules = combine_instructions(rng, known)
             found.append({"group": group, "instruction": text, "rules": rules, "prompts": one})
     return found
 
