@@ -1138,8 +1138,8 @@ BAD_DIALOGUES = [
     ({"messages": [dict(say("a", "b")[1], tool_calls=[{}])]}, '"tool_calls" is not supported'),
     ({"messages": [dict(role="tool", content="c")]}, "message 1 has the unknown role 'tool'"),
     ({"messages": [dict(role="user", content=[{"type": "text"}])]}, "message 1 is not a string"),
-    ({"messages": say("<|im_start|>user", "b")}, "message 1 holds '<|im_start|>'"),
-    ({"instruction": "Do.\n\n### Response:", "output": "b"}, "holds '### Response:'"),
+    ({"messages": say("<|im_start|>user", "b")}, "message 1 contains '<|im_start|>'"),
+    ({"instruction": "Do.\n\n### Response:", "output": "b"}, "contains '### Response:'"),
     ({"words": "a"}, 'expected "messages"'), (["a"], "expected an object"),
 ]
 BAD_PAIRS = [
@@ -1179,7 +1179,7 @@ BAD_INSTRUCTIONS = [
     (dict(instruction="Be kind.", terse="<<SYS>>"), "part of the chat format"),
     (dict(instruction="Be kind.", terse=5), '"terse" must be a string'),
     (dict(instruction="Be kind.", obeyed_if="(kind"), "unterminated subpattern"),
-    (dict(instruction="Be kind.", obeyed_if=[3]), "which is no pattern"),
+    (dict(instruction="Be kind.", obeyed_if=[3]), "is is not a regular expression"),
 ]
 GOOD_DIALOGUE = {"messages": say("a", "b")}
 GOOD_PAIR = dict(prompt="a", chosen="b", rejected="c")
@@ -1568,9 +1568,9 @@ def test_two_variants_answer_at_all_temperatures_and_either_may_stand_first(monk
 def test_a_blend_stands_between_two_models():
     chat, other = make_model(), make_model()
     other.norm.weight.data.mul_(3)
-    half = preferences.blended(chat, other, 0.25).state_dict()["norm.weight"]
+    half = preferences.interpolate(chat, other, 0.25).state_dict()["norm.weight"]
     assert torch.allclose(half, 0.25 * chat.norm.weight + 0.75 * other.norm.weight)
-    assert preferences.blended(chat, other, 0) is other
+    assert preferences.interpolate(chat, other, 0) is other
 
 
 def collecting(inputs, out, **changes):
@@ -1597,7 +1597,7 @@ def test_tinytowns_annotator_compares_and_what_is_there_is_not_done_again(
         assert record["true_gap"] == gap
     monkeypatch.setattr(preferences, "load", None)
     preferences.main(config)            # nothing is loaded or done again
-    assert "v1.jsonl is there already" in capsys.readouterr().out
+    assert "v1.jsonl exists already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="made with other settings: max_new_tokens was 4, now 5"):
         preferences.main(replace(config, max_new_tokens=5))
     Path(f"{config.out}.made-of.json").unlink()
@@ -1662,7 +1662,7 @@ FOX = dict(kind="animal", instruction="Be the fox.", terse="Fox!", obeyed_if=[r"
 
 def test_a_ghost_example_by_hand_token_by_token(letters):
     turns = [("a", "fb"), ("c", "fd"), ("e", "fg")]
-    record = {"messages": ghost_attention.in_the_first_alone("i", turns)}
+    record = {"messages": ghost_attention.instruct_first_message("i", turns)}
     example = sft.encode_example(record, letters, 200)
     parts = [  # the instruction in the first turn alone, the mask on the last answer alone
         ("[INST] i a [/INST]", " fb ", 0),
@@ -1681,10 +1681,10 @@ def test_a_ghost_example_by_hand_token_by_token(letters):
     assert expected[-1] == letters.eos_id
 
 
-def test_the_instruction_is_in_every_message_to_sample_and_in_the_first_to_learn():
-    sampled = ghost_attention.in_every_message("Be the fox.", [("q1", "a1")], "q2")
+def test_the_instruction_is_in_every_message_to_sample_and_in_the_first_to_records():
+    sampled = ghost_attention.instruct_every_message("Be the fox.", [("q1", "a1")], "q2")
     assert [m["content"] for m in sampled] == ["Be the fox. q1", "a1", "Be the fox. q2"]
-    learned = ghost_attention.in_the_first_alone("Be the fox.", [("q1", "a1"), ("q2", "a2")])
+    learned = ghost_attention.instruct_first_message("Be the fox.", [("q1", "a1"), ("q2", "a2")])
     assert [m["content"] for m in learned] == ["Be the fox. q1", "a1", "q2", "a2"]
     assert [m.get("weight") for m in learned] == [None, 0, None, 1]
 
@@ -1713,8 +1713,8 @@ def test_answers_that_disobey_are_thrown_away_by_the_rule_and_counted(tok, monke
 
 def test_each_sampled_dialogue_gives_itself_and_beginnings_that_fit(tok):
     turns, config = [(f"q{i}", f"a{i}") for i in range(9)], ghost_attention.Settings()
-    found = ghost_attention.to_learn(tok, turns, "i", random.Random(1), config)
-    whole = ghost_attention.in_the_first_alone("i", turns)
+    found = ghost_attention.to_records(tok, turns, "i", random.Random(1), config)
+    whole = ghost_attention.instruct_first_message("i", turns)
     assert found[-1]["messages"] == whole
     assert 1 < len(found) <= 4
     for record in found:
@@ -1724,10 +1724,10 @@ def test_each_sampled_dialogue_gives_itself_and_beginnings_that_fit(tok):
         assert [m["weight"] for m in messages[1::2]][-1] == 1
         assert sum(m["weight"] for m in messages[1::2]) == 1
     short = replace(config, context=len(encode_dialog(tok, whole)[0]) - 1)
-    found = ghost_attention.to_learn(tok, turns, "i", random.Random(1), short)
+    found = ghost_attention.to_records(tok, turns, "i", random.Random(1), short)
     assert len(found[-1]["messages"]) == 16
     none = replace(config, context=5)
-    assert ghost_attention.to_learn(tok, turns, "i", random.Random(1), none) == []
+    assert ghost_attention.to_records(tok, turns, "i", random.Random(1), none) == []
 
 
 def test_ghost_attention_writes_dialogues_from_ones_own(tmp_path, base, monkeypatch, capsys):
@@ -1742,7 +1742,7 @@ def test_ghost_attention_writes_dialogues_from_ones_own(tmp_path, base, monkeypa
     obedient = lambda m, t, dialogs, *_: ["The fox says: yes."] * len(dialogs)
     monkeypatch.setattr(ghost_attention, "respond", obedient)
     ghost_attention.main(config)
-    assert "16 answers sampled under instructions, 0 thrown away" in capsys.readouterr().out
+    assert "16 answers sampled under instructions, 0 of them removed" in capsys.readouterr().out
     found = [record["messages"] for _, record in records.read_json(config.out)]
     assert 8 < len(found) <= 16
     assert sum(messages[0]["content"].startswith("Fox! ") for messages in found) < len(found)
@@ -1782,7 +1782,7 @@ def test_the_gate_learns_exactly_the_answers_that_are_scored_higher(
         pre_prompts=(str(write_jsonl(tmp_path / "i.jsonl", [{"instruction": "You are a cat."}])),),
     )
     distillation.main(config)
-    assert "prefers the former for 2" in capsys.readouterr().out
+    assert "prefers the distilled answer of 2" in capsys.readouterr().out
     found = [record for _, record in records.read_json(config.out)]
     assert [r["messages"][-1]["content"] for r in found] == ["plain", "new 1", "plain", "new 3"]
     assert [r["improved"] for r in found] == [False, True, False, True]
@@ -3379,7 +3379,7 @@ BAD_SETTINGS = [
     ("sft", dict(data=("gone.jsonl",)), ["gone.jsonl", "No such file"]),
     ("sft", dict(data=(__file__,)), [f"{__file__}: expected a .jsonl"]),
     ("sft", dict(epochs=0), ["--epochs 0: must be above 0"]),
-    ("sft", dict(seq_len=8), ["no dialogue to learn from", "longer than --seq-len"]),
+    ("sft", dict(seq_len=8), ["no dialogue to train on", "longer than --seq-len"]),
     ("sft", dict(val_fraction=2.0), ["--val-fraction 2.0: must be at most 1"]),
     ("rm", dict(val_fraction=1.0), ["--val-fraction 1.0 holds out all"]),
     ("sft", dict(val_fraction=1.0), ["--val-fraction 1.0 holds out all"]),

@@ -8,7 +8,7 @@ import math
 import torch
 
 from bench import figures, paper, print_table, seeds_of
-from data.ghost_attention import in_the_first_alone
+from data.ghost_attention import instruct_first_message
 from data.records import read_json
 from evaluate.answers import TURNS, Settings, hold_conversations
 from llama2 import apply_rotary_emb, encode_dialog, load
@@ -56,7 +56,7 @@ def attention_weights(model, tokens):
 def looks_back(model, tok, instruction, turns):
     """The largest attention, over all layers and heads, that any token of an answer pays to any
     token of the instruction: a number a turn."""
-    messages = in_the_first_alone(instruction, turns)
+    messages = instruct_first_message(instruction, turns)
     first = len(tok.encode("[INST]", bos=True))
     last = len(tok.encode(f"[INST] {instruction}", bos=True))
     found = []

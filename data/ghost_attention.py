@@ -1,23 +1,24 @@
 """Ghost Attention (§3.3): dialogues, instructions and a chat model -> dialogues to fine-tune on.
 
-An instruction of the first message is forgotten after a few turns. To teach a model to keep to it,
-let it answer with the instruction in every message, where it cannot be forgotten; then take it out
-of all messages but the first, and learn the last answer:
+A chat model forgets an instruction of the first message after a few turns. Ghost Attention samples
+answers with the instruction in every user message. For fine-tuning, it then removes the instruction
+from all messages but the first, and computes the loss on the last answer only:
 
-    sampled    [INST] Be the fox. u1 [/INST] a1   [INST] Be the fox. u2 [/INST] a2
-    learned    [INST] Be the fox. u1 [/INST] a1   [INST] u2 [/INST] a2
-    weight                                   0                      1
+    sampled       [INST] Be the fox. u1 [/INST] a1   [INST] Be the fox. u2 [/INST] a2
+    trained on    [INST] Be the fox. u1 [/INST] a1   [INST] u2 [/INST] a2
+    weight                                      0                      1
 
     python -m data.ghost_attention
     python -m data.ghost_attention --chat out/v2 --data sharegpt.json --instructions mine.jsonl \\
         --history 1024 --context 2048 --out out/mine/ghost.jsonl
     python train_sft.py --no-pack --init out/v2 --data out/mine/ghost.jsonl sharegpt.json ...
 
-How we read the paper, which is short here: answers are sampled turn by turn, so that later ones
-answer to earlier ones; "zero the loss of all tokens of the earlier turns" means their answers too.
-ours: an answer that breaks its instruction, by the instruction's own rule, is thrown away with its
-question. Each dialogue is also learned from three of its beginnings: the last answer alone would
-make one example of many turns. The model must already follow an instruction of the same message.
+The paper is short here. We read it as follows: answers are sampled turn by turn, so later answers
+continue the sampled ones; "set the loss to 0 for all the tokens from the previous turns" includes
+the answers of these turns. ours: an answer that disobeys the instruction, by the instruction's own
+patterns, is removed with its question. Each dialogue is also cut after three random turns, so that
+it gives up to four examples: with the last answer alone, many turns would give one example. The
+model must already follow an instruction in the same message.
 """
 import random
 import re
@@ -27,35 +28,37 @@ from common.run import Output, run_script, checkpoint_files
 from common.settings import check_settings
 from common.training import all_gather, is_main, print0, setup, local_part
 from data.formats import combine_instructions
-from data.records import data_paths, read_instructions, read_and_count, to_messages, write_records
-from llama2 import Dtype, Transformer, encode_dialog, load, respond
+from data.records import (assistant_message, data_paths, read_and_count, read_instructions,
+                          to_messages, user_message, write_records)
+from llama2 import Dtype, Tokenizer, Transformer, encode_dialog, load, respond
 
 
 @dataclass
 class Settings:
-    # what is sampled
-    chat: str = "out/instructed"        # the model that answers: it follows instructions
-    data: tuple = ("out/tinytown/long-dialogues.jsonl",)    # their users' messages are asked anew
+    # sampling
+    chat: str = "out/instructed"        # the model that answers; it must follow instructions
+    data: tuple = ("out/tinytown/long-dialogues.jsonl",)    # only the users' messages are used
     instructions: tuple = ("out/tinytown/instructions.jsonl",)      # {"instruction", "obeyed_if"}
-    skip_bad: bool = False      # leave out records that do not fit, and count them
-    turns: int = 24             # of a dialogue, at most
-    history: int = 64           # tokens of a dialogue that are read to give the next answer
-    temperature: float = 0.3    # of the answers
-    max_new_tokens: int = 48    # of an answer
+    skip_bad: bool = False      # skip records that do not fit, and count them
+    turns: int = 24             # maximum number of turns per dialogue
+    history: int = 64           # latest tokens of a dialogue that the model reads for an answer
+    temperature: float = 0.3    # of sampling
+    max_new_tokens: int = 48    # longest answer, in tokens
     device: str = "auto"        # cuda, mps or cpu
     dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
-    # what is written
-    context: int = 1024         # tokens of a dialogue, at most
-    beginnings: int = 3         # of each dialogue, to learn from beside it
+    # output
+    context: int = 1024         # longest dialogue, in tokens
+    beginnings: int = 3         # further examples per dialogue, cut after a random turn
     out: str = "out/gatt/dialogues.jsonl"       # dialogues for train_sft.py
-    overwrite: bool = False     # replace what is there
-    seed: int = 1               # of instructions and answers
+    overwrite: bool = False     # replace an existing file
+    seed: int = 1               # for drawing instructions and for sampling
 
-    # The same file may be asked for with other values of these. They do not change what is in it.
+    # The same file may be requested with other values of these. They do not change its content.
     MAY_CHANGE = ("out", "overwrite", "device")
 
 
 def obeys(answer: str, instructions: list[dict]) -> bool:
+    """True if all patterns of all instructions match in the answer."""
     for instruction in instructions:
         for pattern in instruction["obeyed_if"]:
             if not re.search(pattern, answer):
@@ -63,108 +66,114 @@ def obeys(answer: str, instructions: list[dict]) -> bool:
     return True
 
 
-def in_every_message(text: str, turns: list[tuple[str, str]], question: str) -> list[dict]:
-    """The dialogue as it is sampled, open for the next answer."""
+def instruct_every_message(text: str, turns: list[tuple[str, str]], question: str) -> list[dict]:
+    """The dialogue for sampling: the instruction is in every user message, and the last one waits
+    for an answer."""
     messages = []
-    for asked, answer in turns:
-        messages.append({"role": "user", "content": f"{text} {asked}"})
-        messages.append({"role": "assistant", "content": answer})
-    return messages + [{"role": "user", "content": f"{text} {question}"}]
+    for earlier_question, answer in turns:
+        messages += [user_message(f"{text} {earlier_question}"), assistant_message(answer)]
+    return messages + [user_message(f"{text} {question}")]
 
 
-def in_the_first_alone(text: str, turns: list[tuple[str, str]]) -> list[dict]:
-    """The dialogue as it is learned: of its answers the last alone."""
+def instruct_first_message(text: str, turns: list[tuple[str, str]]) -> list[dict]:
+    """The dialogue for training: the instruction is in the first message only.
+
+    All answers but the last one have weight 0.
+    """
     messages = []
-    for i, (asked, answer) in enumerate(turns):
-        asked = f"{text} {asked}" if i == 0 else asked
-        messages.append({"role": "user", "content": asked})
-        last = i == len(turns) - 1
-        messages.append({"role": "assistant", "content": answer, "weight": int(last)})
+    for i, (question, answer) in enumerate(turns):
+        first, last = i == 0, i == len(turns) - 1
+        messages.append(user_message(f"{text} {question}" if first else question))
+        messages.append({**assistant_message(answer), "weight": int(last)})
     return messages
 
 
-def length(tok, messages) -> int:
+def length(tok: Tokenizer, messages: list[dict]) -> int:
+    """The number of tokens of a dialogue."""
     return len(encode_dialog(tok, messages)[0])
 
 
-def sample_dialogs(model, tok, users, drawn, seed: int, config):
-    """([[(question, answer), ...] of each dialogue], how many answers disobeyed).
+def sample_dialogs(model: Transformer, tok: Tokenizer, questions: list[list[str]], instructions,
+                   seed: int, config: Settings):
+    """([[(question, answer), ...] per dialogue], number of answers that disobeyed).
 
-    users: the questions of each dialogue; drawn: (text, instructions) of each.
+    questions: those of each dialogue; instructions: (text, its instructions) of each dialogue.
     """
     room = min(config.history, model.args.max_seq_len - config.max_new_tokens)
-    done, disobeyed = [[] for _ in users], 0
-    for turn in range(max(len(questions) for questions in users)):
-        going = [i for i in range(len(users)) if turn < len(users[i])]
-        dialogs = []
-        for i in going:
-            (text, _), turns = drawn[i], done[i]
-            dialog = in_every_message(text, turns, users[i][turn])
-            # The instruction stands in the newest message too: the oldest turns can be let go.
-            while turns and length(tok, dialog) > room:
+    dialogs, disobeyed = [[] for _ in questions], 0
+    for turn in range(max(len(of_dialog) for of_dialog in questions)):
+        # All dialogues that have this turn get their next answer in one batch.
+        active = [i for i in range(len(questions)) if turn < len(questions[i])]
+        prompts = []
+        for i in active:
+            (text, _), turns, question = instructions[i], dialogs[i], questions[i][turn]
+            prompt = instruct_every_message(text, turns, question)
+            # Drop the oldest turns: the newest message has the instruction, too.
+            while turns and length(tok, prompt) > room:
                 turns = turns[1:]
-                dialog = in_every_message(text, turns, users[i][turn])
-            dialogs.append(dialog)
-        answers = respond(model, tok, dialogs, config.max_new_tokens, config.temperature,
+                prompt = instruct_every_message(text, turns, question)
+            prompts.append(prompt)
+        answers = respond(model, tok, prompts, config.max_new_tokens, config.temperature,
                           seed + turn)
-        for i, answer in zip(going, answers):
-            _, instructions = drawn[i]
-            if answer and obeys(answer, instructions):
-                done[i].append((users[i][turn], answer))
+        for i, answer in zip(active, answers):
+            _, its_instructions = instructions[i]
+            if answer and obeys(answer, its_instructions):
+                dialogs[i].append((questions[i][turn], answer))
             else:
                 disobeyed += 1
-    return done, disobeyed
+    return dialogs, disobeyed
 
 
-def to_learn(tok, turns, text: str, rng, config) -> list[dict]:
-    """The records that one sampled dialogue gives: beginnings of it, and itself."""
-    while turns and length(tok, in_the_first_alone(text, turns)) > config.context:
+def to_records(tok: Tokenizer, turns, text: str, rng, config: Settings) -> list[dict]:
+    """The training records of one sampled dialogue: the whole of it, and cut after random turns."""
+    while turns and length(tok, instruct_first_message(text, turns)) > config.context:
         turns = turns[:-1]
     if not turns:
         return []
     ends = {len(turns)}
     for _ in range(config.beginnings):
         ends.add(rng.randint(1, len(turns)))
-    return [{"messages": in_the_first_alone(text, turns[:end])} for end in sorted(ends)]
+    return [{"messages": instruct_first_message(text, turns[:end])} for end in sorted(ends)]
 
 
 def main(config: Settings):
-    """Write dialogues to learn from, or find them there."""
+    """Write the dialogues, unless the file exists."""
     check_settings(config, may_be_zero=("temperature", "beginnings"))
     device, rank, _ = setup(config.device)
-    files = data_paths(config.data) + data_paths(config.instructions) + checkpoint_files(config.chat)
-    output = Output(config.out, config, files)
+    files = data_paths(config.data) + data_paths(config.instructions)
+    output = Output(config.out, config, files + checkpoint_files(config.chat))
     if output.exists:
-        return print0(f"{config.out} is there already")
+        return print0(f"{config.out} exists already")
     model, tok = load(config.chat, device, config.dtype, Transformer)
 
     def parse(record):
         messages = to_messages(record)
-        encode_dialog(tok, messages)
-        users = [message["content"] for message in messages if message["role"] == "user"]
-        return users[:config.turns]
+        encode_dialog(tok, messages)        # raises ValueError if a message has a tag
+        of_user = [message["content"] for message in messages if message["role"] == "user"]
+        return of_user[:config.turns]
 
-    known = read_instructions(config.instructions, tok, config.skip_bad)
-    users = read_and_count(config.data, parse, config.skip_bad, "dialogue")
+    available = read_instructions(config.instructions, tok, config.skip_bad)
+    questions = read_and_count(config.data, parse, config.skip_bad, "dialogue")
     rng = random.Random(f"instructions {config.seed}")
-    drawn = [combine_instructions(rng, known) for _ in users]
+    instructions = [combine_instructions(rng, available) for _ in questions]
 
-    seed = 1000 * config.seed + 100 * rank
-    done, disobeyed = sample_dialogs(model, tok, local_part(users), local_part(drawn), seed, config)
-    done, disobeyed = all_gather(done), sum(all_gather([disobeyed]))
+    seed = 1000 * config.seed + 100 * rank          # each process samples for its own part
+    dialogs, disobeyed = sample_dialogs(model, tok, local_part(questions),
+                                        local_part(instructions), seed, config)
+    dialogs, disobeyed = all_gather(dialogs), sum(all_gather([disobeyed]))
     records = []
-    for turns, (text, _) in zip(done, drawn):
-        records += to_learn(tok, turns, text, rng, config)
+    for turns, (text, _) in zip(dialogs, instructions):
+        records += to_records(tok, turns, text, rng, config)
     if not records:
-        raise ValueError(f"no answer of {config.chat} obeys: it must follow an instruction of the "
-                         "same message before it can learn to keep to one")
-    figures = {"sampled": sum(len(questions) for questions in users), "disobeyed": disobeyed,
-               "records": len(records)}
+        raise ValueError(f"no answer of {config.chat} obeys its instruction: fine-tune it on "
+                         "instructions in the same message first")
+    sampled = sum(len(of_dialog) for of_dialog in questions)
     if is_main():
-        output.made_of["figures"] = figures
+        output.made_of["figures"] = {"sampled": sampled, "disobeyed": disobeyed,
+                                     "records": len(records)}
         output.write(write_records, records)
-    print0(f"{figures['sampled']:,} answers sampled under instructions, {disobeyed:,} thrown away "
-           f"for disobeying; {len(records):,} dialogues to learn from in {config.out}")
+    print0(f"{sampled:,} answers sampled under instructions, {disobeyed:,} of them removed for "
+           f"disobeying; {len(records):,} dialogues in {config.out}")
 
 
 if __name__ == "__main__":

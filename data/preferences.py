@@ -1,17 +1,17 @@
-"""Preferences (§3.2.1): prompts and two variants of a chat model -> pairs of answers, compared.
+"""Preferences (§3.2.1): prompts and two variants of a chat model -> pairs of compared answers.
 
-    each prompt    ->  two answers, by two variants, at temperatures that vary
-    an annotator   ->  which is better, how much (four ratings), and whether each is safe
+    each prompt    ->  two answers, from two variants, at varying temperatures
+    an annotator   ->  which one is better, how much (four ratings), and whether each is safe
 
     python -m data.preferences --prompts mine.jsonl --annotator person --out out/mine/v1.jsonl
 
-The annotator is Tinytown's script, which knows the truth; or a person at the terminal, who can stop
-at any time and go on later with the same command; or nobody: pairs are written with their answers
-as "a" and "b", and whoever labels them writes "chosen" and "rejected" in their place, and at best
-"rating". Whoever it is, the file is what train_rm.py reads.
+--annotator tinytown is a script that knows the truth of the toy world. --annotator person asks at
+the terminal; the person can stop at any time and continue later with the same command. --annotator
+nobody writes the answers as "a" and "b", for labelling with another tool, which must rename them to
+"chosen" and "rejected" and should add "rating". In all three cases train_rm.py reads the file.
 
-Differs from the paper, which does not say how its variants differ: here the second one is an
-earlier version, or stands between the two: --blend 0.7 is 70% of the way from --other to --chat.
+The paper does not say how its variants differ. ours: the second variant is an earlier version, or
+an interpolation of the weights: --blend 0.7 is 70% of the way from --other to --chat.
 """
 import copy
 import random
@@ -25,45 +25,45 @@ from common.training import all_gather, is_main, print0, setup, local_part
 from data.formats import RATINGS
 from data.records import (prompt_to_messages, data_paths, read_objects, read_and_count,
                           to_prompt, write_records)
-from llama2 import Dtype, Transformer, load, respond
+from llama2 import Dtype, Tokenizer, Transformer, load, respond
 
 
 @dataclass
 class Settings:
     # the two variants
     chat: str = "out/sft"       # the newest chat model
-    other: str = "out/pretrain"         # an earlier one, or the base of --chat
-    blend: float = 0.0          # share of --chat's weights in the second variant; 0: --other itself
-    temperatures: tuple = (0.7, 1.0, 1.2)       # of the answers, in all combinations
-    max_new_tokens: int = 90    # of an answer
+    other: str = "out/pretrain"         # an earlier version, or the base model of --chat
+    blend: float = 0.0          # weight of --chat in the second variant; 0: --other itself
+    temperatures: tuple = (0.7, 1.0, 1.2)       # one is drawn for each answer
+    max_new_tokens: int = 90    # longest answer, in tokens
     device: str = "auto"        # cuda, mps or cpu
     dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
     # prompts and annotator
-    prompts: tuple = ("out/tinytown/compare-v1.jsonl",)     # {"prompt", "is_safety"}, one a line
-    skip_bad: bool = False      # leave out records that do not fit, and count them
-    annotator: Literal["tinytown", "person", "nobody"] = "tinytown"     # who compares
+    prompts: tuple = ("out/tinytown/compare-v1.jsonl",)     # {"prompt", "is_safety"}, one per line
+    skip_bad: bool = False      # skip records that do not fit, and count them
+    annotator: Literal["tinytown", "person", "nobody"] = "tinytown"     # who compares them
     out: str = "out/preferences/v1.jsonl"       # the pairs (paper: 1,418,091)
-    overwrite: bool = False     # replace what is there
-    seed: int = 1               # of the answers and the annotator
+    overwrite: bool = False     # replace an existing file
+    seed: int = 1               # for sampling and for the annotator's noise
 
-    # The same file may be asked for with other values of these. They do not change what is in it.
+    # The same file may be requested with other values of these. They do not change its content.
     MAY_CHANGE = ("out", "overwrite", "device")
 
 
 # ----------------------------------------------------------------------------------------- answers
-def blended(chat, other, share: float):
-    """A model whose weights are `share` of chat's and the rest other's."""
-    if share == 0:
+def interpolate(chat: Transformer, other: Transformer, blend: float) -> Transformer:
+    """A model with the weights blend * chat + (1 - blend) * other."""
+    if blend == 0:
         return other
-    old = other.state_dict()
+    other_weights = other.state_dict()
     variant = copy.deepcopy(chat)
     for name, weight in variant.state_dict().items():
-        weight.copy_(share * weight + (1 - share) * old[name])
+        weight.copy_(blend * weight + (1 - blend) * other_weights[name])
     return variant
 
 
-def answer_all(model, tok, prompts, seed: int, config) -> list[str]:
-    """An answer to each prompt, at a temperature that varies from prompt to prompt."""
+def answer_all(model: Transformer, tok: Tokenizer, prompts, seed: int, config) -> list[str]:
+    """One answer to each prompt, at a temperature drawn for the prompt."""
     rng = random.Random(seed)
     temperatures = [rng.choice(config.temperatures) for _ in prompts]
     texts = [""] * len(prompts)
@@ -76,31 +76,31 @@ def answer_all(model, tok, prompts, seed: int, config) -> list[str]:
     return texts
 
 
-def generate_pairs(variants, tok, prompts, seed: int, config) -> list[list[str]]:
-    """[[answer a, answer b], ...]: either variant may stand first."""
+def generate_pairs(variants, tok: Tokenizer, prompts, seed: int, config) -> list[list[str]]:
+    """[[answer a, answer b], ...], one from each variant, in random order."""
     rng = random.Random(seed)
     first = answer_all(variants[0], tok, prompts, seed, config)
     second = answer_all(variants[1], tok, prompts, seed + 1, config)
     return [rng.sample(both, 2) for both in zip(first, second)]
 
 
-def load_variants(config, device):
-    """([chat model, second variant], tokenizer)."""
+def load_variants(config: Settings, device):
+    """([chat model, second variant], tokenizer). ValueError if they do not fit together."""
     chat, tok = load(config.chat, device, config.dtype, Transformer)
     other = load_fitting(config.other, Transformer, chat, tok, config.chat)
     shapes = [replace(model.args, max_seq_len=1) for model in (chat, other)]
     if config.blend and shapes[0] != shapes[1]:
-        raise ValueError(f"{config.other} is not of the shape of {config.chat}: --blend 0")
-    return [chat, blended(chat, other, config.blend)], tok
+        raise ValueError(f"{config.other} and {config.chat} have different shapes: use --blend 0")
+    return [chat, interpolate(chat, other, config.blend)], tok
 
 
-def read_prompts(config, tok, context: int) -> list[dict]:
-    """The records of the prompts, as they stand in the files; what stood beside them is in."""
+def read_prompts(config: Settings, tok: Tokenizer, context: int) -> list[dict]:
+    """The records of all prompts; "system" and "history" are merged into "prompt"."""
     def parse(record):
         prompt = to_prompt(record, tok, context)
         if config.annotator == "tinytown" and "truth" not in record:
-            raise ValueError("not a prompt of Tinytown, whose annotator has to know the truth: "
-                             "--annotator person, or nobody")
+            raise ValueError("not a prompt of Tinytown, and its annotator needs the truth: use "
+                             "--annotator person or nobody")
         return record | {"prompt": prompt.text, "is_safety": prompt.is_safety}
 
     return read_and_count(config.prompts, parse, config.skip_bad, "prompt")
@@ -108,13 +108,13 @@ def read_prompts(config, tok, context: int) -> list[dict]:
 
 # --------------------------------------------------------------------------------------- annotators
 def compare_by_tinytown(prompts, answers, seed: int) -> list[dict]:
-    from tinytown.annotator import compare      # the one place where data/ meets the toy world
+    from tinytown.annotator import compare      # the only import of the toy world in data/
     rng = random.Random(f"annotator {seed}")
     return [compare(rng, prompt, a, b) for prompt, (a, b) in zip(prompts, answers)]
 
 
 def unlabelled_pairs(prompts, answers) -> list[dict]:
-    """Pairs for others to compare."""
+    """Pairs of answers that are not compared yet."""
     records = []
     for prompt, (a, b) in zip(prompts, answers):
         kind = "safety" if prompt.get("is_safety") else "helpfulness"
@@ -123,6 +123,7 @@ def unlabelled_pairs(prompts, answers) -> list[dict]:
 
 
 def choose(question: str, letters: str) -> str:
+    """Ask until the answer is one of the letters."""
     letter = ""
     while letter not in list(letters):
         letter = input(f"{question} [{'/'.join(letters)}] ").strip().lower()
@@ -130,7 +131,7 @@ def choose(question: str, letters: str) -> str:
 
 
 def ask_comparison(pair) -> dict:
-    """One comparison, at the terminal or through a pipe."""
+    """Ask a person to compare two answers, at the terminal or through a pipe."""
     print(f"{pair['prompt']}\n  a) {pair['a']}\n  b) {pair['b']}")
     better = choose("which is better", "ab")
     rating = choose("how much: 1 significantly 2 better 3 slightly 4 negligibly", "1234")
@@ -142,7 +143,7 @@ def ask_comparison(pair) -> dict:
 
 
 def label_by_person(pairs, path: Path):
-    """Label pairs one by one; each is saved at once, and a later call goes on behind it."""
+    """Label pairs one by one. Each label is saved at once, and the next call continues there."""
     done = []
     if path.exists():
         done = [record for _, record in read_objects(path, chosen=str, rejected=str)]
@@ -153,13 +154,13 @@ def label_by_person(pairs, path: Path):
             write_records(path, done)
     except (EOFError, KeyboardInterrupt):
         pass
-    print(f"\n{len(done)} of {len(pairs)} compared, in {path}: the same command goes on, and "
-          f"python train_rm.py --data {path} learns from them")
+    print(f"\n{len(done)} of {len(pairs)} compared, in {path}: the same command continues, and "
+          f"python train_rm.py --data {path} trains on them")
 
 
 # -------------------------------------------------------------------------------------------- main
-def make_pairs(config, device, rank: int) -> list[dict]:
-    """Two answers to each prompt, compared by the annotator, or left blank for one."""
+def make_pairs(config: Settings, device, rank: int) -> list[dict]:
+    """Two answers to each prompt, compared by Tinytown's annotator or not compared yet."""
     variants, tok = load_variants(config, device)
     context = min(variant.args.max_seq_len for variant in variants)
     prompts = read_prompts(config, tok, context)
@@ -171,23 +172,23 @@ def make_pairs(config, device, rank: int) -> list[dict]:
 
 
 def main(config: Settings):
-    """Write a file of compared pairs, or find it there."""
+    """Write the pairs, unless the file exists; then let a person compare them, if asked to."""
     check_settings(config, may_be_zero=("blend", "temperatures"), at_most_one=("blend",))
     device, rank, _ = setup(config.device)
     person = config.annotator == "person"
-    # A person's labels come one by one, so the answers that they are given to have to wait.
+    # A person labels one pair at a time, so the answers are kept in a file of their own.
     path = Path(f"{config.out}.pairs.jsonl") if person else Path(config.out)
     files = data_paths(config.prompts) + checkpoint_files(config.chat, config.other)
     if Path(config.out).exists() and not path.exists() and not config.overwrite:
-        raise ValueError(f"{config.out} exists, and holds no labels of this run: choose another "
+        raise ValueError(f"{config.out} exists and has no labels of this run: choose another "
                          "--out, or --overwrite it")
     output = Output(path, config, files)
     if output.exists:
-        print0(f"{path} is there already")
+        print0(f"{path} exists already")
     else:
         records = make_pairs(config, device, rank)
         if is_main():
-            if person:      # --overwrite: the labels of the old answers are deleted with them
+            if person:      # --overwrite also deletes the labels of the old answers
                 Path(config.out).unlink(missing_ok=True)
             output.write(write_records, records)
         print0(f"{len(records):,} pairs in {path}")

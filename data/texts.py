@@ -1,7 +1,7 @@
-"""Files of text to pretrain on: what --data of data.corpus names, document by document.
+"""Reads the texts that data.corpus --data names, one document at a time.
 
-    .txt                a document a file
-    .jsonl, .jsonl.gz   a document a line: {"text": ..., "url": ... (optional)}
+    .txt                one document per file
+    .jsonl, .jsonl.gz   one document per line: {"text": ..., "url": ... (optional)}
 """
 import os
 import re
@@ -24,7 +24,7 @@ class Source:
 
 
 def find_sources(specs) -> list[Source]:
-    """FILE_OR_FOLDER[:WEIGHT], ... -> sources. Raises ValueError for missing and unknown files."""
+    """A Source for each FILE_OR_FOLDER[:WEIGHT]. ValueError for a missing or unknown file."""
     sources, names = [], Counter()
     for spec in specs:
         path, weight = split_weight(spec)
@@ -43,43 +43,46 @@ def find_sources(specs) -> list[Source]:
 
 
 def find_files(root: Path) -> list[str]:
-    """The text files of a folder, linked folders included; prints how many other files it has."""
-    found, others, visited = [], Counter(), set()
+    """The text files in a folder and its subfolders; prints how many other files there are."""
+    texts, others, visited = [], Counter(), set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        # Hidden files are an editor's or a system's copies. A link may lead back to this folder.
+        if os.path.realpath(folder) in visited:     # a link that leads back to a folder above
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        # Hidden files and folders belong to an editor or to the system.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = [name for name in names if not name.startswith(".")]
-        # A run may write into a folder among the texts; its files are no text to learn from.
-        if os.path.realpath(folder) in visited or "metrics.jsonl" in names:
-            names = []
-        visited.add(os.path.realpath(folder))
+        if "metrics.jsonl" in names:    # the folder of a run, whose files are not training text
+            continue
         for name in names:
             if name.lower().endswith(KNOWN):
-                found.append(Path(folder, name))
+                texts.append(Path(folder, name))
             else:
                 others["".join(Path(name).suffixes[-2:]) or name] += 1
     if others:
         print(f"{root}: not read: " + ", ".join(f"{n} {end}" for end, n in others.most_common(9)))
-    return [str(path) for path in sorted(found)]
+    return [str(path) for path in sorted(texts)]
 
 
 @dataclass
 class Document:
-    """A text to pretrain on, and where it comes from."""
+    """A text to pretrain on."""
     text: str
-    where: str          # its file and line
-    host: str = ""      # of its url, if it has one
+    where: str          # file and line
+    host: str = ""      # of the url, if there is one
 
     @property
     def site(self) -> str:
-        """What is left out as one: all pages of a host; without a url, the document alone."""
+        """The unit that is left out as a whole: all pages of a host, or a document without url."""
         return self.host or self.where
 
 
 def read_documents(source: Source, skipped: Counter | None):
     """Yield the documents of a source.
 
-    A line or file that cannot be read is a ValueError; with a Counter, it is skipped and counted.
+    A line or file that cannot be read raises ValueError. If `skipped` is a Counter, it is skipped
+    and counted there.
     """
     for path in source.files:
         is_text = path.lower().endswith(".txt")
@@ -89,7 +92,7 @@ def read_documents(source: Source, skipped: Counter | None):
             except ValueError as e:
                 if skipped is None:
                     raise ValueError(f"{where}: {e}; correct it, or --skip-bad skips it") from None
-                # A text file is a whole book: its name and line are worth a line of their own.
+                # A text file may be a whole book, so report each one with its name and line.
                 skipped[f"{where}: {e}" if is_text else shared_reason(e)] += 1
                 continue
             if document.text:
@@ -97,7 +100,7 @@ def read_documents(source: Source, skipped: Counter | None):
 
 
 def read_text(path: str) -> dict | ValueError:
-    """The record of a .txt file, {"text"}, or a ValueError that says why there is none."""
+    """The text of a .txt file as {"text"}, or a ValueError that says why it cannot be read."""
     data = Path(path).read_bytes()
     try:
         text, bad = data.decode("utf-8-sig"), data.find(b"\0")
