@@ -1636,7 +1636,7 @@ def test_a_person_can_be_the_annotator_and_go_on_later(tmp_path, inputs, monkeyp
     assert "3 of 3 compared" in capsys.readouterr().out
     mine_too = write_jsonl(tmp_path / "mine-too.jsonl", [dict(prompt="a label from elsewhere")])
     before = mine_too.read_bytes()
-    with pytest.raises(ValueError, match="mine-too.jsonl exists, and holds no labels"):
+    with pytest.raises(ValueError, match="mine-too.jsonl exists and has no labels"):
         preferences.main(replace(config, out=str(mine_too)))
     assert mine_too.read_bytes() == before
     other = write_jsonl(tmp_path / "other.jsonl", [dict(prompt="new")])
@@ -1986,8 +1986,7 @@ def test_held_out_loss_and_bits_per_byte_by_hand(inputs):
         logprobs = F.log_softmax(model(torch.tensor([window[:-1]]))[0], -1).detach()
         nats -= sum(float(logprobs[t, token]) for t, token in enumerate(window[1:]))
     size = sum(len(text.encode()) for text in split_documents(tok, val))
-    config = pretrain.Settings(seq_len=T, eval_tokens=10**9)
-    found = pretrain.evaluate(model, sources[0], tok, config)
+    found = pretrain.evaluate(model, sources[0], tok, T, 10**9, 16)
     assert found["val/stories"] == pytest.approx(nats / (len(val) - 1), rel=1e-5)
     assert found["bits/stories"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
@@ -2528,7 +2527,7 @@ def test_the_coolest_temperature_that_is_not_clearly_behind_is_chosen(monkeypatc
     torch.manual_seed(1)
     luck = torch.randn(100, 1)
 
-    def sample_k(policy, tok, models, asked, temperature, seed, config):
+    def sample_k(policy, tok, models, asked, K, max_new_tokens, temperature, seed):
         gain = {0.5: 0.0, 0.7: 0.99, 1.0: 1.0}[temperature]
         return None, None, luck + gain + 0.1 * torch.randn(100, 1)
 
