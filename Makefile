@@ -1,12 +1,17 @@
-# `make` runs the whole paper, `make test` the tests; both in a virtual environment of their own.
+# `make` runs the whole paper, `make check` ruff and all tests, each in a virtual environment.
 PYTHON ?= python3
 BIN = .venv/bin
 
 all: .venv/ready
 	PYTHON=$(BIN)/python bash paper.sh
 
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
 test: .venv/ready
-	$(BIN)/python -m pytest -q test_llama2.py
+	$(BIN)/python -m pytest -q
 
 clean:
 	rm -rf out
@@ -16,4 +21,4 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-tested.txt
 	touch $@
 
-.PHONY: all test clean
+.PHONY: all check test clean

@@ -15,36 +15,54 @@ Otherwise a helpful model would learn to evade harmless questions.
 Differs from the paper: if the gate declines, the plain answer is trained on. Without these prompts
 almost all answers would be refusals, and the model would refuse too much.
 """
+
 import random
 from collections import Counter
 from dataclasses import dataclass
 
-from common.run import Output, load_fitting, run_script, checkpoint_files
+from common.run import Output, checkpoint_files, load_fitting, run_script
 from common.settings import check_settings
-from common.training import all_gather, is_main, print0, setup, local_part
-from data.records import (SkipRecord, assistant_message, data_paths, get_field, read_and_count,
-                          read_instructions, read_prompt, to_messages, write_records)
-from llama2 import (Dtype, RewardModel, Tokenizer, Transformer, encode_dialog, load, respond,
-                    score_dialogs)
+from common.training import all_gather, is_main, local_part, print0, setup
+from data.records import (
+    SkipRecord,
+    assistant_message,
+    data_paths,
+    get_field,
+    read_and_count,
+    read_instructions,
+    read_prompt,
+    to_messages,
+    write_records,
+)
+from llama2 import (
+    Dtype,
+    RewardModel,
+    Tokenizer,
+    Transformer,
+    encode_dialog,
+    load,
+    respond,
+    score_dialogs,
+)
 
 
 @dataclass
 class Settings:
     # sampling
-    chat: str = "out/gatt"      # the model that answers
-    rm: str = "out/rm/v4/safety"        # safety reward model, trained on answers of similar models
-    data: tuple = ("out/tinytown/attacks.jsonl",)       # prompts, or dialogues to answer again
-    pre_prompts: tuple = ("out/tinytown/pre-prompts.jsonl",)        # {"instruction"}, one per line
-    skip_bad: bool = False      # skip records that do not fit, and count them
-    temperature: float = 0.3    # of sampling
-    max_new_tokens: int = 48    # longest answer, in tokens
-    device: str = "auto"        # cuda, mps or cpu
-    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
+    chat: str = "out/gatt"  # the model that answers
+    rm: str = "out/rm/v4/safety"  # safety reward model, trained on answers of similar models
+    data: tuple = ("out/tinytown/attacks.jsonl",)  # prompts, or dialogues to answer again
+    pre_prompts: tuple = ("out/tinytown/pre-prompts.jsonl",)  # {"instruction"}, one per line
+    skip_bad: bool = False  # skip records that do not fit, and count them
+    temperature: float = 0.3  # of sampling
+    max_new_tokens: int = 48  # longest answer, in tokens
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where it is faster
     # output
-    gate: bool = True           # --no-gate: use all distilled answers (to compare)
-    out: str = "out/distill/dialogues.jsonl"    # dialogues for train_sft.py
-    overwrite: bool = False     # replace an existing file
-    seed: int = 1               # for drawing pre-prompts and for sampling
+    gate: bool = True  # --no-gate: use all distilled answers (to compare)
+    out: str = "out/distill/dialogues.jsonl"  # dialogues for train_sft.py
+    overwrite: bool = False  # replace an existing file
+    seed: int = 1  # for drawing pre-prompts and for sampling
 
     # The same file may be requested with other values of these. They do not change its content.
     MAY_CHANGE = ("out", "overwrite", "device")
@@ -58,8 +76,15 @@ def with_system_prompt(pre_prompt: str, messages: list[dict]) -> list[dict]:
     return [{"role": "system", "content": both}, *messages[1:]]
 
 
-def distill(model: Transformer, tok: Tokenizer, safety_model: RewardModel, prompts, prefixed,
-            seed: int, config: Settings) -> list[dict]:
+def distill(
+    model: Transformer,
+    tok: Tokenizer,
+    safety_model: RewardModel,
+    prompts,
+    prefixed,
+    seed: int,
+    config: Settings,
+) -> list[dict]:
     """One record per prompt: both answers, their scores, and the dialogue to train on.
 
     prompts: dialogues that wait for an answer; prefixed: the same with a pre-prompt.
@@ -71,13 +96,21 @@ def distill(model: Transformer, tok: Tokenizer, safety_model: RewardModel, promp
     new_scores = score_dialogs(safety_model, tok, answered(prompts, distilled))
     old_scores = score_dialogs(safety_model, tok, answered(prompts, plain))
     records = []
-    for messages, new, old, new_score, old_score in zip(prompts, distilled, plain, new_scores,
-                                                        old_scores):
+    for messages, new, old, new_score, old_score in zip(
+        prompts, distilled, plain, new_scores, old_scores
+    ):
         improved = new_score > old_score
         answer = new if improved or not config.gate else old
-        records.append({
-            "messages": messages + [assistant_message(answer)], "distilled": new, "plain": old,
-            "distilled_score": new_score, "plain_score": old_score, "improved": improved})
+        records.append(
+            {
+                "messages": messages + [assistant_message(answer)],
+                "distilled": new,
+                "plain": old,
+                "distilled_score": new_score,
+                "plain_score": old_score,
+                "improved": improved,
+            }
+        )
     return records
 
 
@@ -116,14 +149,18 @@ def main(config: Settings):
 
     counts = Counter(record["improved"] for record in records)
     if config.gate and not counts[True]:
-        raise ValueError("the safety model prefers no answer with a pre-prompt over the plain "
-                         "one: there is nothing to train on")
+        raise ValueError(
+            "the safety model prefers no answer with a pre-prompt over the plain "
+            "one: there is nothing to train on"
+        )
     not_empty = [record for record in records if record["messages"][-1]["content"]]
     if is_main():
         output.write(write_records, not_empty)
     used = "the other prompts keep their plain answer" if config.gate else "--no-gate uses them all"
-    print0(f"{len(records):,} prompts answered with and without a pre-prompt: the safety model "
-           f"prefers the distilled answer of {counts[True]:,}; {used}; {config.out}")
+    print0(
+        f"{len(records):,} prompts answered with and without a pre-prompt: the safety model "
+        f"prefers the distilled answer of {counts[True]:,}; {used}; {config.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the files between the stages agree on. It imports nothing, so Tinytown can use it, too."""
 
-KINDS = ("helpfulness", "safety")       # of reward models, and of the pairs that they learn from
-RATINGS = ("significantly", "better", "slightly", "negligibly")     # how much better (§3.2.1)
+KINDS = ("helpfulness", "safety")  # of reward models, and of the pairs that they learn from
+RATINGS = ("significantly", "better", "slightly", "negligibly")  # how much better (§3.2.1)
 
 
 def combine_instructions(rng, instructions: list[dict]) -> tuple[str, list[dict]]:

@@ -20,38 +20,46 @@ patterns, is removed with its question. Each dialogue is also cut after three ra
 it gives up to four examples: with the last answer alone, many turns would give one example. The
 model must already follow an instruction in the same message.
 """
+
 import random
 import re
 from dataclasses import dataclass
 
-from common.run import Output, run_script, checkpoint_files
+from common.run import Output, checkpoint_files, run_script
 from common.settings import check_settings
-from common.training import all_gather, is_main, print0, setup, local_part
+from common.training import all_gather, is_main, local_part, print0, setup
 from data.formats import combine_instructions
-from data.records import (assistant_message, data_paths, read_and_count, read_instructions,
-                          to_messages, user_message, write_records)
+from data.records import (
+    assistant_message,
+    data_paths,
+    read_and_count,
+    read_instructions,
+    to_messages,
+    user_message,
+    write_records,
+)
 from llama2 import Dtype, Tokenizer, Transformer, encode_dialog, load, respond
 
 
 @dataclass
 class Settings:
     # sampling
-    chat: str = "out/instructed"        # the model that answers; it must follow instructions
-    data: tuple = ("out/tinytown/long-dialogues.jsonl",)    # only the users' messages are used
-    instructions: tuple = ("out/tinytown/instructions.jsonl",)      # {"instruction", "obeyed_if"}
-    skip_bad: bool = False      # skip records that do not fit, and count them
-    turns: int = 24             # maximum number of turns per dialogue
-    history: int = 64           # latest tokens of a dialogue that the model reads for an answer
-    temperature: float = 0.3    # of sampling
-    max_new_tokens: int = 48    # longest answer, in tokens
-    device: str = "auto"        # cuda, mps or cpu
-    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
+    chat: str = "out/instructed"  # the model that answers; it must follow instructions
+    data: tuple = ("out/tinytown/long-dialogues.jsonl",)  # only the users' messages are used
+    instructions: tuple = ("out/tinytown/instructions.jsonl",)  # {"instruction", "obeyed_if"}
+    skip_bad: bool = False  # skip records that do not fit, and count them
+    turns: int = 24  # maximum number of turns per dialogue
+    history: int = 64  # latest tokens of a dialogue that the model reads for an answer
+    temperature: float = 0.3  # of sampling
+    max_new_tokens: int = 48  # longest answer, in tokens
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where it is faster
     # output
-    context: int = 1024         # longest dialogue, in tokens
-    beginnings: int = 3         # further examples per dialogue, cut after a random turn
-    out: str = "out/gatt/dialogues.jsonl"       # dialogues for train_sft.py
-    overwrite: bool = False     # replace an existing file
-    seed: int = 1               # for drawing instructions and for sampling
+    context: int = 1024  # longest dialogue, in tokens
+    beginnings: int = 3  # further examples per dialogue, cut after a random turn
+    out: str = "out/gatt/dialogues.jsonl"  # dialogues for train_sft.py
+    overwrite: bool = False  # replace an existing file
+    seed: int = 1  # for drawing instructions and for sampling
 
     # The same file may be requested with other values of these. They do not change its content.
     MAY_CHANGE = ("out", "overwrite", "device")
@@ -93,8 +101,14 @@ def length(tok: Tokenizer, messages: list[dict]) -> int:
     return len(encode_dialog(tok, messages)[0])
 
 
-def sample_dialogs(model: Transformer, tok: Tokenizer, questions: list[list[str]], instructions,
-                   seed: int, config: Settings):
+def sample_dialogs(
+    model: Transformer,
+    tok: Tokenizer,
+    questions: list[list[str]],
+    instructions,
+    seed: int,
+    config: Settings,
+):
     """([[(question, answer), ...] per dialogue], number of answers that disobeyed).
 
     questions: those of each dialogue; instructions: (text, its instructions) of each dialogue.
@@ -113,8 +127,9 @@ def sample_dialogs(model: Transformer, tok: Tokenizer, questions: list[list[str]
                 turns = turns[1:]
                 prompt = instruct_every_message(text, turns, question)
             prompts.append(prompt)
-        answers = respond(model, tok, prompts, config.max_new_tokens, config.temperature,
-                          seed + turn)
+        answers = respond(
+            model, tok, prompts, config.max_new_tokens, config.temperature, seed + turn
+        )
         for i, answer in zip(active, answers):
             _, its_instructions = instructions[i]
             if answer and obeys(answer, its_instructions):
@@ -148,32 +163,40 @@ def main(config: Settings):
 
     def parse(record):
         messages = to_messages(record)
-        encode_dialog(tok, messages)        # raises ValueError if a message has a tag
+        encode_dialog(tok, messages)  # raises ValueError if a message has a tag
         of_user = [message["content"] for message in messages if message["role"] == "user"]
-        return of_user[:config.turns]
+        return of_user[: config.turns]
 
     available = read_instructions(config.instructions, tok, config.skip_bad)
     questions = read_and_count(config.data, parse, config.skip_bad, "dialogue")
     rng = random.Random(f"instructions {config.seed}")
     instructions = [combine_instructions(rng, available) for _ in questions]
 
-    seed = 1000 * config.seed + 100 * rank          # each process samples for its own part
-    dialogs, disobeyed = sample_dialogs(model, tok, local_part(questions),
-                                        local_part(instructions), seed, config)
+    seed = 1000 * config.seed + 100 * rank  # each process samples for its own part
+    dialogs, disobeyed = sample_dialogs(
+        model, tok, local_part(questions), local_part(instructions), seed, config
+    )
     dialogs, disobeyed = all_gather(dialogs), sum(all_gather([disobeyed]))
     records = []
     for turns, (text, _) in zip(dialogs, instructions):
         records += to_records(tok, turns, text, rng, config)
     if not records:
-        raise ValueError(f"no answer of {config.chat} obeys its instruction: fine-tune it on "
-                         "instructions in the same message first")
+        raise ValueError(
+            f"no answer of {config.chat} obeys its instruction: fine-tune it on "
+            "instructions in the same message first"
+        )
     sampled = sum(len(of_dialog) for of_dialog in questions)
     if is_main():
-        output.made_of["figures"] = {"sampled": sampled, "disobeyed": disobeyed,
-                                     "records": len(records)}
+        output.made_of["figures"] = {
+            "sampled": sampled,
+            "disobeyed": disobeyed,
+            "records": len(records),
+        }
         output.write(write_records, records)
-    print0(f"{sampled:,} answers sampled under instructions, {disobeyed:,} of them removed for "
-           f"disobeying; {len(records):,} dialogues in {config.out}")
+    print0(
+        f"{sampled:,} answers sampled under instructions, {disobeyed:,} of them removed for "
+        f"disobeying; {len(records):,} dialogues in {config.out}"
+    )
 
 
 if __name__ == "__main__":

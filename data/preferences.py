@@ -13,38 +13,45 @@ nobody writes the answers as "a" and "b", for labelling with another tool, which
 The paper does not say how its variants differ. ours: the second variant is an earlier version, or
 an interpolation of the weights: --blend 0.7 is 70% of the way from --other to --chat.
 """
+
 import copy
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from common.run import Output, load_fitting, run_script, checkpoint_files
+from common.run import Output, checkpoint_files, load_fitting, run_script
 from common.settings import check_settings
-from common.training import all_gather, is_main, print0, setup, local_part
+from common.training import all_gather, is_main, local_part, print0, setup
 from data.formats import RATINGS
-from data.records import (prompt_to_messages, data_paths, read_objects, read_and_count,
-                          to_prompt, write_records)
+from data.records import (
+    data_paths,
+    prompt_to_messages,
+    read_and_count,
+    read_objects,
+    to_prompt,
+    write_records,
+)
 from llama2 import Dtype, Tokenizer, Transformer, load, respond
 
 
 @dataclass
 class Settings:
     # the two variants
-    chat: str = "out/sft"       # the newest chat model
-    other: str = "out/pretrain"         # an earlier version, or the base model of --chat
-    blend: float = 0.0          # weight of --chat in the second variant; 0: --other itself
-    temperatures: tuple = (0.7, 1.0, 1.2)       # one is drawn for each answer
-    max_new_tokens: int = 90    # longest answer, in tokens
-    device: str = "auto"        # cuda, mps or cpu
-    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
+    chat: str = "out/sft"  # the newest chat model
+    other: str = "out/pretrain"  # an earlier version, or the base model of --chat
+    blend: float = 0.0  # weight of --chat in the second variant; 0: --other itself
+    temperatures: tuple = (0.7, 1.0, 1.2)  # one is drawn for each answer
+    max_new_tokens: int = 90  # longest answer, in tokens
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where it is faster
     # prompts and annotator
-    prompts: tuple = ("out/tinytown/compare-v1.jsonl",)     # {"prompt", "is_safety"}, one per line
-    skip_bad: bool = False      # skip records that do not fit, and count them
-    annotator: Literal["tinytown", "person", "nobody"] = "tinytown"     # who compares them
-    out: str = "out/preferences/v1.jsonl"       # the pairs (paper: 1,418,091)
-    overwrite: bool = False     # replace an existing file
-    seed: int = 1               # for sampling and for the annotator's noise
+    prompts: tuple = ("out/tinytown/compare-v1.jsonl",)  # {"prompt", "is_safety"}, one per line
+    skip_bad: bool = False  # skip records that do not fit, and count them
+    annotator: Literal["tinytown", "person", "nobody"] = "tinytown"  # who compares them
+    out: str = "out/preferences/v1.jsonl"  # the pairs (paper: 1,418,091)
+    overwrite: bool = False  # replace an existing file
+    seed: int = 1  # for sampling and for the annotator's noise
 
     # The same file may be requested with other values of these. They do not change its content.
     MAY_CHANGE = ("out", "overwrite", "device")
@@ -96,11 +103,14 @@ def load_variants(config: Settings, device):
 
 def read_prompts(config: Settings, tok: Tokenizer, context: int) -> list[dict]:
     """The records of all prompts; "system" and "history" are merged into "prompt"."""
+
     def parse(record):
         prompt = to_prompt(record, tok, context)
         if config.annotator == "tinytown" and "truth" not in record:
-            raise ValueError("not a prompt of Tinytown, and its annotator needs the truth: use "
-                             "--annotator person or nobody")
+            raise ValueError(
+                "not a prompt of Tinytown, and its annotator needs the truth: use "
+                "--annotator person or nobody"
+            )
         return record | {"prompt": prompt.text, "is_safety": prompt.is_safety}
 
     return read_and_count(config.prompts, parse, config.skip_bad, "prompt")
@@ -108,7 +118,8 @@ def read_prompts(config: Settings, tok: Tokenizer, context: int) -> list[dict]:
 
 # --------------------------------------------------------------------------------------- annotators
 def compare_by_tinytown(prompts, answers, seed: int) -> list[dict]:
-    from tinytown.annotator import compare      # the only import of the toy world in data/
+    from tinytown.annotator import compare  # the only import of the toy world in data/
+
     rng = random.Random(f"annotator {seed}")
     return [compare(rng, prompt, a, b) for prompt, (a, b) in zip(prompts, answers)]
 
@@ -137,9 +148,15 @@ def ask_comparison(pair) -> dict:
     rating = choose("how much: 1 significantly 2 better 3 slightly 4 negligibly", "1234")
     safe = {"a": choose("is a safe", "yn") == "y", "b": choose("is b safe", "yn") == "y"}
     worse = "b" if better == "a" else "a"
-    return {"prompt": pair["prompt"], "chosen": pair[better], "rejected": pair[worse],
-            "rating": RATINGS[int(rating) - 1], "chosen_safe": safe[better],
-            "rejected_safe": safe[worse], "kind": pair["kind"]}
+    return {
+        "prompt": pair["prompt"],
+        "chosen": pair[better],
+        "rejected": pair[worse],
+        "rating": RATINGS[int(rating) - 1],
+        "chosen_safe": safe[better],
+        "rejected_safe": safe[worse],
+        "kind": pair["kind"],
+    }
 
 
 def label_by_person(pairs, path: Path):
@@ -154,8 +171,10 @@ def label_by_person(pairs, path: Path):
             write_records(path, done)
     except (EOFError, KeyboardInterrupt):
         pass
-    print(f"\n{len(done)} of {len(pairs)} compared, in {path}: the same command continues, and "
-          f"python train_rm.py --data {path} trains on them")
+    print(
+        f"\n{len(done)} of {len(pairs)} compared, in {path}: the same command continues, and "
+        f"python train_rm.py --data {path} trains on them"
+    )
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -180,15 +199,17 @@ def main(config: Settings):
     path = Path(f"{config.out}.pairs.jsonl") if person else Path(config.out)
     files = data_paths(config.prompts) + checkpoint_files(config.chat, config.other)
     if Path(config.out).exists() and not path.exists() and not config.overwrite:
-        raise ValueError(f"{config.out} exists and has no labels of this run: choose another "
-                         "--out, or --overwrite it")
+        raise ValueError(
+            f"{config.out} exists and has no labels of this run: choose another "
+            "--out, or --overwrite it"
+        )
     output = Output(path, config, files)
     if output.exists:
         print0(f"{path} exists already")
     else:
         records = make_pairs(config, device, rank)
         if is_main():
-            if person:      # --overwrite also deletes the labels of the old answers
+            if person:  # --overwrite also deletes the labels of the old answers
                 Path(config.out).unlink(missing_ok=True)
             output.write(write_records, records)
         print0(f"{len(records):,} pairs in {path}")

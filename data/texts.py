@@ -1,8 +1,9 @@
 """Reads the texts that data.corpus --data names, one document at a time.
 
-    .txt                one document per file
-    .jsonl, .jsonl.gz   one document per line: {"text": ..., "url": ... (optional)}
+.txt                one document per file
+.jsonl, .jsonl.gz   one document per line: {"text": ..., "url": ... (optional)}
 """
+
 import os
 import re
 from collections import Counter
@@ -17,10 +18,11 @@ KNOWN = (".txt", ".jsonl", ".jsonl.gz")
 @dataclass
 class Source:
     """One entry of --data."""
+
     name: str
     files: list[str]
     weight: float
-    counts: Counter = field(default_factory=Counter)    # filled in by the first pass
+    counts: Counter = field(default_factory=Counter)  # filled in by the first pass
 
 
 def find_sources(specs) -> list[Source]:
@@ -46,14 +48,14 @@ def find_files(root: Path) -> list[str]:
     """The text files in a folder and its subfolders; prints how many other files there are."""
     texts, others, visited = [], Counter(), set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in visited:     # a link that leads back to a folder above
+        if os.path.realpath(folder) in visited:  # a link that leads back to a folder above
             folders.clear()
             continue
         visited.add(os.path.realpath(folder))
         # Hidden files and folders belong to an editor or to the system.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = [name for name in names if not name.startswith(".")]
-        if "metrics.jsonl" in names:    # the folder of a run, whose files are not training text
+        if "metrics.jsonl" in names:  # the folder of a run, whose files are not training text
             continue
         for name in names:
             if name.lower().endswith(KNOWN):
@@ -68,9 +70,10 @@ def find_files(root: Path) -> list[str]:
 @dataclass
 class Document:
     """A text to pretrain on."""
+
     text: str
-    where: str          # file and line
-    host: str = ""      # of the url, if there is one
+    where: str  # file and line
+    host: str = ""  # of the url, if there is one
 
     @property
     def site(self) -> str:
