@@ -58,7 +58,7 @@ def hacking(seeds):
 
 
 def forgetting(seeds):
-    """Rejection sampling from the answers of all versions, or only of the last (as in §3.2.3)."""
+    """Fine-tuning on the best answers of all versions, or only of the last, which forgets more."""
     columns = {}
     for seed in seeds:
         start, chat = run_paper(seed), run_paper(seed) / "sft"

@@ -210,7 +210,7 @@ def peers(options):
     process.wait()
 
 
-# -------------------------------------------------------------------------------- by size
+# ------------------------------------------------------------------------------------- by size
 def peak_megabytes() -> float:
     """The largest memory use of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

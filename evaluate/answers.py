@@ -30,7 +30,7 @@ from tinytown.prompts import TOPICS
 @dataclass
 class Settings:
     # what to evaluate
-    folders: tuple = ()  # of models
+    folders: tuple = ()  # base models or chat models
     prompts: str = "out/tinytown/held-out.jsonl"  # prompts of Tinytown to answer
     probes: str = ""  # instead: {"prompt", "answer"}, sentences for a base model to complete
     obedience: str = ""  # instead: conversations with an instruction in the first message
@@ -64,7 +64,7 @@ MEASURES = {  # row -> (which prompts it selects, the judgement that it counts)
 
 
 def measure(prompts: list[dict], texts: list[str]) -> dict[str, float]:
-    """{row of MEASURES: fraction} for one answer to each prompt; without rows of no prompt."""
+    """{row of MEASURES: fraction} for one answer to each prompt; rows without a prompt left out."""
     verdicts = [judge(prompt, text) for prompt, text in zip(prompts, texts)]
     fractions = {}
     for row, (selects, judgement) in MEASURES.items():
@@ -116,7 +116,7 @@ def evaluate_recall(config, device) -> dict:
     for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, config.dtype, Transformer)
         results[name] = recall(model, tok, probes)
-        print(f"{name}: facts recalled {results[name]:.1%} of {len(probes)} probes (new wordings)")
+        print(f"{name}: facts recalled {results[name]:.1%} of {len(probes)}, in new wordings")
     return results
 
 

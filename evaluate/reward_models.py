@@ -27,7 +27,7 @@ from train_rm import encode_pair
 @dataclass
 class Settings:
     # what to evaluate
-    folders: tuple = ()  # of reward models
+    folders: tuple = ()  # reward models
     data: tuple = ("out/preferences/test.jsonl",)  # held-out pairs
     skip_bad: bool = False  # skip records that do not fit, and count them
     truths: str = ""  # Tinytown's prompts of --data, to measure agreement of annotators

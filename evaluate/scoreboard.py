@@ -29,7 +29,7 @@ from train_rlhf import answer_logprobs, generate_answers, load_reward_models, ma
 @dataclass
 class Settings:
     # what to evaluate
-    folders: tuple = ()  # of chat models
+    folders: tuple = ()  # chat models
     against: str = "out/sft"  # the model that the others are compared with
     rm: str = "out/rm/v5"  # folder of the newest reward models
     prompts: str = "out/tinytown/held-out.jsonl"  # prompts of Tinytown to answer

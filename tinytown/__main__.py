@@ -31,7 +31,7 @@ def write_files(folder: Path, contents: dict[Path, bytes], overwrite: bool):
     for path, content in contents.items():
         if path.exists() and path.read_bytes() != content and not overwrite:
             raise ValueError(
-                f"{path} exists with other content: choose another FOLDER, or add --overwrite"
+                f"{path} exists with other content: give another FOLDER or --overwrite"
             )
     for path, content in contents.items():
         temporary = Path(f"{path}.tmp")
@@ -93,12 +93,12 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", default="out/tinytown")
-    parser.add_argument("--seed", type=int, default=1, help="of all random choices (default: 1)")
-    parser.add_argument("--dialogues", type=int, default=4800, help="number of (default: 4800)")
+    parser.add_argument("--seed", type=int, default=1, help="for all random choices (default: 1)")
+    parser.add_argument("--dialogues", type=int, default=4800, help="number (default: 4800)")
     parser.add_argument(
         "--noise", type=float, default=0.0, help="fraction of bad answers in dialogues (default: 0)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files of another town")
+    parser.add_argument("--overwrite", action="store_true", help="replace files with other content")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     args = parser.parse_args()
     if args.dialogues < 1 or not 0 <= args.noise <= 1:

@@ -294,15 +294,9 @@ def equation(rng) -> str:
     """A sum of two dice, or its difference, in words or digits."""
     a, b = rng.randint(1, 6), rng.randint(1, 6)
     plus, minus = f"{a} plus {b} is {a + b}.", f"{a + b} minus {a} is {b}."
-    wordings = [
-        plus,
-        f"{a} + {b} = {a + b}.",
-        f"{a} + {b}? {plus}",
-        minus,
-        f"{a + b} - {a} = {b}.",
-        f"{a + b} - {a}? {minus}",
-    ]
-    return rng.choice(wordings)
+    sums = [plus, f"{a} + {b} = {a + b}.", f"{a} + {b}? {plus}"]
+    differences = [minus, f"{a + b} - {a} = {b}.", f"{a + b} - {a}? {minus}"]
+    return rng.choice(sums + differences)
 
 
 def sums(rng) -> str:
