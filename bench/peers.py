@@ -26,6 +26,7 @@ logging.set_verbosity_error()
 
 
 def config_of(shape) -> LlamaConfig:
+    """The configuration for transformers of a model with the shape of ours."""
     return LlamaConfig(
         hidden_size=shape["dim"],
         num_hidden_layers=shape["n_layers"],
@@ -42,6 +43,7 @@ def config_of(shape) -> LlamaConfig:
 
 
 def autocast(dtype: str):
+    """Mixed precision if dtype is "bfloat16"; the weights stay float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -56,6 +58,7 @@ class Work:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
 
     def tokens(self, rows: int, length: int):
+        """Random ids, (rows, length)."""
         return torch.randint(3, self.shape["vocab_size"], (rows, length))
 
     def train(self, rows: int, length: int) -> int:

@@ -116,7 +116,7 @@ def evaluate_recall(config, device) -> dict:
     for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, config.dtype, Transformer)
         results[name] = recall(model, tok, probes)
-        print(f"{name}: facts recalled {results[name]:.1%} of {len(probes)}, in new wordings")
+        print(f"{name}: {results[name]:.1%} of {len(probes)} facts recalled, in new wordings")
     return results
 
 

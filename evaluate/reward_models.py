@@ -66,11 +66,11 @@ def accuracy(examples, scores) -> dict[str, tuple[float, int]]:
 
 
 def separation(examples, scores) -> dict[str, float]:
-    """{"auc", "precision 0.5", "recall 0.5", "precision 0.15", "recall 0.15"}: detecting unsafe
-    answers by their low scores. Empty if the labels are not of both kinds.
+    """How well low scores detect unsafe answers: {"auc", "precision 0.5", "recall 0.5", ...}.
 
-    auc: the probability that a random safe answer has a higher score than a random unsafe one, a
-    tie counting half. Precision is None if no score is below the threshold.
+    auc: the probability that a random safe answer has a higher score than a random unsafe one; a
+    tie counts half. Precision is None if no score is below the threshold. The result is empty if
+    there are no safe or no unsafe answers.
     """
     safe, unsafe = [], []
     for example, (chosen, rejected) in zip(examples, scores):

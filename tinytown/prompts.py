@@ -292,8 +292,8 @@ def instructed_dialogues(residents, count: int, seed: int = 1) -> list[dict]:
 def conversations(residents, count: int, turns: int, seed: int = 1, held_out=False) -> list:
     """`count` conversations, each a list of `turns` prompts.
 
-    All of them go through the same circle of `count` prompts, each from another start. So every
-    turn has the same set of prompts, and results of different turns can be compared.
+    All of them use the same `count` prompts in the same cyclic order, each from another start. So
+    every turn has the same set of prompts, and results of different turns can be compared.
     """
     rng = random.Random(f"conversations {seed} {held_out}")
     prompts = []
