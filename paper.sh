@@ -1,34 +1,54 @@
 #!/usr/bin/env bash
-# The whole paper at laptop size, from top to bottom: Figure 4, a command an arrow.
+# The whole paper at laptop size, in the order of Figure 4.
 #
 #     make                                    the same, in a virtual environment
-#     OUT=out/seed2 SEED=2 bash paper.sh      another town, other weights, other luck
+#     OUT=out/seed2 SEED=2 bash paper.sh      another town, other initial weights, other samples
 #
-# Run it again at any time: what is finished is not run again, what was interrupted goes on.
+# You can run it again at any time: it skips finished runs and resumes interrupted ones.
 set -eo pipefail
 OUT=${OUT:-out} SEED=${SEED:-1} TOWN=${OUT:-out}/tinytown
+
+# say: print a command and run it. run: the same with the seed. examine: an evaluation, whose table
+# also goes to the summary. $threads is empty (all cores) or OMP_NUM_THREADS=...
 say() { printf '\n== %s s: %s\n' $SECONDS "$*"; env $threads ${PYTHON:-python3} "$@"; }
 run() { say "$@" --seed "$SEED"; }
 examine() { run -m "$@" | tee -a "$summary"; }
-summary=$OUT/summary.txt threads=       # as many as there are cores
+
+# Run functions one after another in the background, with their own log and summary. `set -m` gives
+# them a process group of their own. The trap ends that group when this script exits for any reason,
+# such as Ctrl-C: its training script then saves first. The next run resumes both sides.
+in_background() {
+    printf '\n== %s s: in the background: %s; see %s\n' $SECONDS "$*" "$OUT/beside.log"
+    set -m
+    (summary=$OUT/summary-beside.txt; for part in "$@"; do $part; done) > "$OUT/beside.log" 2>&1 &
+    set +m
+    background=$!
+    trap 'kill -- -$background 2> /dev/null || true' EXIT
+}
+wait_for_background() { wait $background || { cat "$OUT/beside.log"; exit 1; }; }
+
+summary=$OUT/summary.txt threads=
 mkdir -p "$OUT" && rm -f "$OUT"/summary*.txt
 
-# Tinytown: texts, dialogues, prompts of a world whose truth is known
+# Tinytown: texts, dialogues and prompts of a toy world whose facts are known.
 run -m tinytown "$TOWN"
 
-# §2: texts become tokens, tokens a base model. Facts are seen eight times as often as their size
+# §2: tokenize the texts and pretrain a base model. The encyclopedia, the source of facts, is seen
+# eight times as often as its size.
 say -m data.corpus --out "$OUT/pretrain/tokens" --data "$TOWN/encyclopedia.jsonl:8" \
     "$TOWN/stories.jsonl" "$TOWN/web.jsonl" "$TOWN/arithmetic.jsonl"
 run train_pretrain.py --resume --data "$OUT/pretrain/tokens" --out "$OUT/pretrain"
 examine evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
 
-# §3.1: dialogues make it a chat model
+# §3.1: supervised fine-tuning on dialogues makes it a chat model.
 run train_sft.py --resume --init "$OUT/pretrain" --data "$TOWN/dialogues.jsonl" --out "$OUT/sft"
 examine evaluate.answers "$OUT/pretrain" "$OUT/sft" --prompts "$TOWN/held-out.jsonl" --show 1
 
-# §3.2: five rounds. The two newest models answer, the annotator compares. Both reward models learn
-# from that, and from a little of what they learned before. Then the chat model learns from them.
-chat=$OUT/sft other=$OUT/pretrain blend=0.7     # before V1, the other is 70% of the way to chat
+# §3.2: five rounds of RLHF, V1 to V5. In each, the two newest models answer and the annotator
+# compares their answers. Both reward models continue training on these pairs and on some of the
+# earlier ones. Then the chat model is trained with the reward models.
+chat=$OUT/sft other=$OUT/pretrain
+blend=0.7       # before V1: the other model's weights are 70% of the way from --other to --chat
 helpfulness=$OUT/sft safety=$OUT/sft rm_lr=5e-4
 replay=() earlier=()
 a_round() {
@@ -40,7 +60,7 @@ a_round() {
             --data "$OUT/preferences/v$v.jsonl" "${replay[@]}"
     done
     method=rejection-sampling
-    if [ $v = 5 ]; then method=ppo; fi          # on top of what rejection sampling reached
+    if [ $v = 5 ]; then method=ppo; fi          # V5 continues from the result of rejection sampling
     run train_rlhf.py --resume --method $method --init "$chat" --rm "$OUT/rm/v$v" \
         --prompts "$TOWN/prompts-v$v.jsonl" --val-prompts "$TOWN/prompts-val.jsonl" \
         --earlier "${earlier[@]}" --out "$OUT/rlhf/v$v"
@@ -50,7 +70,7 @@ a_round() {
 }
 for v in 1 2 3 4; do a_round $v; done
 
-# Table 8: V1's reward models, on prompts that were not compared before
+# Table 8: the accuracy of V1's reward models on pairs with new prompts.
 table_8() {
     run -m data.preferences --chat "$OUT/sft" --other "$OUT/pretrain" --blend 0.7 \
         --prompts "$TOWN/compare-test.jsonl" --out "$OUT/preferences/test.jsonl"
@@ -58,9 +78,9 @@ table_8() {
         --data "$OUT/preferences/test.jsonl" --truths "$TOWN/compare-test.jsonl"
 }
 
-# §3.3: Ghost Attention, from V3 on. First V3 learns to follow an instruction of the same message,
-# and that dialogues may be long; then to keep to an instruction of the first message. The best
-# answers so far and texts of §2 keep it from forgetting
+# §3.3: Ghost Attention, starting from V3. First V3 learns to follow an instruction in the same
+# message, and to hold long dialogues. Then Ghost Attention teaches it to keep to an instruction in
+# the first message. The best answers of V1 to V3 and texts of §2 are mixed in against forgetting.
 ghost_attention() {
     ordinary=("$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl")
     run train_sft.py --resume --no-pack --init "$OUT/rlhf/v3" --seq-len 1024 --epochs 1 \
@@ -76,18 +96,12 @@ ghost_attention() {
     examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
 }
 
-# V5 needs neither, and takes as long: they run beside it, each side on half of the cores, for a model
-# so small keeps one core busy, but hardly two
+# Table 8 and Ghost Attention do not need V5 and take about as long, so they run at the same time.
+# Each side gets half of the cores, because a model this small cannot use more than one core well.
 threads=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
-printf '\n== %s s: beside what follows, Ghost Attention: see %s\n' $SECONDS "$OUT/beside.log"
-set -m      # in a group of its own, which ends where this script ends: trained so far is saved
-(summary=$OUT/summary-beside.txt; table_8; ghost_attention) > "$OUT/beside.log" 2>&1 &
-set +m
-beside=$!
-trap 'kill -- -$beside 2> /dev/null || true' EXIT
-
+in_background table_8 ghost_attention
 a_round 5
-wait $beside || { cat "$OUT/beside.log"; exit 1; }
+wait_for_background
 threads=
 examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
 examine evaluate.scoreboard "$OUT/pretrain" "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} \
@@ -95,5 +109,5 @@ examine evaluate.scoreboard "$OUT/pretrain" "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} 
     --json "$OUT/scoreboard.json"
 cat "$OUT/summary-beside.txt" >> "$summary"
 
-printf '\n\nWhat came of it, once more:\n'
+printf '\n\nAll results:\n'
 cat "$summary"

@@ -1,8 +1,9 @@
-"""Ablations: the project's own commands, in a loop over seeds, and a table.
+"""Ablations: the project's own commands in a loop over seeds, and a table of the results.
 
-Everything is written below out/bench, a folder a seed; what is finished is not run again. Most
-begin with a whole run of paper.sh for each seed, which takes a quarter of an hour on two cores.
+All results are in out/bench, one folder per seed. Finished runs are not repeated. Most ablations
+need a whole run of paper.sh for each seed, which takes a quarter of an hour on two cores.
 """
+
 import argparse
 import json
 import os
@@ -11,37 +12,40 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.tables import table
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/bench")
 
 
-def seeds_of(description: str, parts=()):
-    """The command line of an ablation: (which part, if there are several, the seeds)."""
-    parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(description: str, parts=()):
+    """(part, seeds) from the command line of an ablation; part is None if there is only one."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if parts:
         parser.add_argument("part", choices=parts)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    given = parser.parse_args()
-    return getattr(given, "part", None), given.seeds
+    args = parser.parse_args()
+    return getattr(args, "part", None), args.seeds
 
 
 def run(*argv):
-    """One of the project's commands, as it would be typed."""
+    """Run one of the project's Python commands. If it fails, exit with its code."""
     words = [str(word) for word in argv]
     print("==", *words, flush=True)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT)
-    if done.returncode:     # it has said why
-        sys.exit(done.returncode)
+    process = subprocess.run([sys.executable, *words], cwd=ROOT)
+    if process.returncode:  # the command has printed the error
+        sys.exit(process.returncode)
 
 
 def train(script: str, *argv):
-    """A run of a train script, which is gone on with, or left alone where it is finished."""
+    """Run a training script, or resume it; a finished run is left as it is."""
     run(script, "--resume", *argv)
 
 
-def paper(seed: int) -> Path:
-    """The folder of a whole run of paper.sh."""
+def run_paper(seed: int) -> Path:
+    """Run paper.sh with this seed, unless it is finished; returns its folder."""
     folder = OUT / f"seed-{seed}"
     if not (folder / "finished").exists():
         changes = {"OUT": str(folder), "SEED": str(seed), "PYTHON": sys.executable}
@@ -50,8 +54,8 @@ def paper(seed: int) -> Path:
     return folder
 
 
-def figures(command: str, *argv) -> dict:
-    """What an examination finds."""
+def evaluate(command: str, *argv) -> dict:
+    """Run a command of evaluate/; returns what it writes with --json."""
     path = OUT / "figures.json"
     OUT.mkdir(parents=True, exist_ok=True)
     run("-m", command, *argv, "--json", path)
@@ -59,23 +63,30 @@ def figures(command: str, *argv) -> dict:
 
 
 def last_metrics(folder) -> dict:
+    """The last line of a run's log."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return json.loads(lines[-1])
 
 
-def spread(values: list[float], form: str = "{:.1f}") -> str:
+def mean_and_std(values: list[float], form: str = "{:.1f}") -> str:
+    """The mean and the sample standard deviation, as "mean ± deviation"."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return form.format(statistics.mean(values)) + " ± " + form.format(deviation)
 
 
+def append_rows(columns: dict[str, list[dict]], results: dict[str, dict]):
+    """Append one seed's {column: {row: value}} to {column: [{row: value} of each seed]}."""
+    for name, row in results.items():
+        columns.setdefault(name, []).append(row)
+
+
 def print_table(title: str, columns: dict[str, list[dict]], form: str = "{:.1f}", scale=100):
-    """{column: [{row: value} of each seed]} as Markdown: mean ± standard deviation."""
-    print(f"\n{title}\n\n| | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    rows = list(dict.fromkeys(row for column in columns.values() for row in column[0]))
-    for row in rows:
+    """Print {column: [{row: value} of each seed]} in Markdown: mean ± standard deviation."""
+    rows = [["", *columns]]
+    for row in dict.fromkeys(row for column in columns.values() for row in column[0]):
         cells = []
         for column in columns.values():
             values = [scale * seed[row] for seed in column if seed.get(row) is not None]
-            cells.append(spread(values, form) if values else "-")
-        print(f"| {row.strip()} | " + " | ".join(cells) + " |")
+            cells.append(mean_and_std(values, form) if values else "-")
+        rows.append([row.strip(), *cells])
+    print(f"\n{title}\n\n{table(rows, markdown=True)}")

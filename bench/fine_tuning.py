@@ -1,11 +1,12 @@
-"""Base against SFT, loss on prompts too, few clean dialogues against many noisy ones (§3.1).
+"""SFT (§3.1): the base model, loss on prompts too, few clean dialogues and many noisy ones.
 
-    python -m bench.fine_tuning [--seeds 1 2 3]
+python -m bench.fine_tuning [--seeds 1 2 3]
 """
-from bench import OUT, figures, paper, print_table, run, seeds_of, train
+
+from bench import OUT, append_rows, evaluate, parse_args, print_table, run, run_paper, train
 
 CLEAN, NOISY = 480, 4800
-VARIANTS = {    # each sees about as many tokens as the others: Tinytown's options, SFT's
+VARIANTS = {  # name -> (options of tinytown, options of train_sft.py); about equal training tokens
     "SFT": ([], []),
     "loss on prompts too": ([], ["--no-mask-prompts"]),
     f"{CLEAN} clean": (["--dialogues", CLEAN], ["--epochs", 20]),
@@ -14,26 +15,26 @@ VARIANTS = {    # each sees about as many tokens as the others: Tinytown's optio
 
 
 def main():
-    _, seeds = seeds_of(__doc__)
-    columns = {}
+    _, seeds = parse_args(__doc__)
+    columns = {"greedy": {}, "sampled at T=1": {}}
     for seed in seeds:
-        start = paper(seed)
+        start = run_paper(seed)
         models = {"base": start / "pretrain"}
         for name, (town_options, options) in VARIANTS.items():
             folder = OUT / f"fine-tuning/{seed}/{name.replace(' ', '-')}"
-            run("-m", "tinytown", folder / "tinytown", "--seed", seed, *town_options)
-            train("train_sft.py", "--init", start / "pretrain", "--out", folder, "--seed", seed,
-                  "--data", folder / "tinytown/dialogues.jsonl", *options)
+            town, data = folder / "tinytown", folder / "tinytown/dialogues.jsonl"
+            run("-m", "tinytown", town, "--seed", seed, *town_options)
+            options = ["--out", folder, "--seed", seed, "--data", data, *options]
+            train("train_sft.py", "--init", start / "pretrain", *options)
             models[name] = folder
-        found = figures("evaluate.answers", *models.values(), "--seed", seed,
-                        "--prompts", start / "tinytown/held-out.jsonl")
-        # The examination names a model by its folder: two columns each, greedy and sampled.
-        for i, row in enumerate(found.values()):
-            name = list(models)[i // 2]
-            mode = "sampled at T=1" if i % 2 else "greedy"
-            columns.setdefault(mode, {}).setdefault(name, []).append(row)
-    for mode, table in columns.items():
-        print_table(f"{mode}, %, seeds {seeds}", table)
+        options = ["--seed", seed, "--prompts", start / "tinytown/held-out.jsonl"]
+        results = evaluate("evaluate.answers", *models.values(), *options)
+        # The results have two columns per model, greedy and sampled, named after its folder.
+        rows = list(results.values())
+        append_rows(columns["greedy"], dict(zip(models, rows[::2])))
+        append_rows(columns["sampled at T=1"], dict(zip(models, rows[1::2])))
+    for mode, modes_columns in columns.items():
+        print_table(f"{mode}, %, seeds {seeds}", modes_columns)
 
 
 if __name__ == "__main__":

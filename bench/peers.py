@@ -1,9 +1,9 @@
-"""The other side of bench.speed: the same work, done by transformers and by TRL's PPO.
+"""The same work as in bench.speed, done by transformers and by TRL's PPO.
 
-Not run by hand: bench.speed starts it with the Python that has those packages, and sends one line
-of JSON a measurement. The models have our models' shape and random weights, for speed does not
-depend on what they say.
+bench.speed starts this file with the Python that has these packages, and sends one line of JSON per
+measurement. The models have the shape of ours and random weights: speed does not depend on weights.
 """
+
 import json
 import os
 import sys
@@ -13,35 +13,52 @@ import warnings
 os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
 warnings.filterwarnings("ignore")
 
-import torch                                                                            # noqa: E402
-from transformers import (LlamaConfig, LlamaForCausalLM,                                # noqa: E402
-                          LlamaForSequenceClassification, PreTrainedTokenizerFast, logging)
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    logging,
+)
 
 logging.set_verbosity_error()
 
 
 def config_of(shape) -> LlamaConfig:
+    """The configuration for transformers of a model with the shape of ours."""
     return LlamaConfig(
-        hidden_size=shape["dim"], num_hidden_layers=shape["n_layers"], num_labels=1,
-        num_attention_heads=shape["n_heads"], num_key_value_heads=shape["n_kv_heads"],
-        intermediate_size=shape["ffn_dim"], vocab_size=shape["vocab_size"], bos_token_id=1,
-        eos_token_id=2, pad_token_id=0, max_position_embeddings=shape["max_seq_len"])
+        hidden_size=shape["dim"],
+        num_hidden_layers=shape["n_layers"],
+        num_labels=1,
+        num_attention_heads=shape["n_heads"],
+        num_key_value_heads=shape["n_kv_heads"],
+        intermediate_size=shape["ffn_dim"],
+        vocab_size=shape["vocab_size"],
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        max_position_embeddings=shape["max_seq_len"],
+    )
 
 
 def autocast(dtype: str):
+    """Mixed precision if dtype is "bfloat16"; the weights stay float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 class Work:
-    """One method a kind of work: it does it once, and returns how much it did."""
+    """Each method does one kind of work once and returns its amount; see bench.speed."""
+
     def __init__(self, shape, dtype: str):
         torch.manual_seed(1)
         self.shape, self.dtype = shape, dtype
         self.model = LlamaForCausalLM(config_of(shape)).eval()
-        self.judge = LlamaForSequenceClassification(config_of(shape)).eval()
+        self.reward_model = LlamaForSequenceClassification(config_of(shape)).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
 
     def tokens(self, rows: int, length: int):
+        """Random ids, (rows, length)."""
         return torch.randint(3, self.shape["vocab_size"], (rows, length))
 
     def train(self, rows: int, length: int) -> int:
@@ -55,7 +72,7 @@ class Work:
         return tokens.numel()
 
     @torch.inference_mode()
-    def prompt(self, rows: int, length: int) -> int:
+    def prefill(self, rows: int, length: int) -> int:
         tokens = self.tokens(rows, length)
         with autocast(self.dtype):
             self.model(tokens, use_cache=True, logits_to_keep=1)
@@ -66,61 +83,95 @@ class Work:
         tokens = self.tokens(rows, length)
         with autocast(self.dtype):
             out = self.model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=0,
-                max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                pad_token_id=0,
+            )
         assert out.shape == (rows, length + new)
         return rows * new
 
     @torch.inference_mode()
-    def score(self, lengths) -> int:
-        rows = [self.tokens(1, length)[0] for length in lengths]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    def score_sequences(self, lengths) -> int:
+        sequences = [self.tokens(1, length)[0] for length in lengths]
+        tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         with autocast(self.dtype):
-            self.judge(tokens, attention_mask=(tokens != 0).long())
+            self.reward_model(tokens, attention_mask=(tokens != 0).long())
         return sum(lengths)
 
     def ppo(self, lengths, new: int, mini_batch: int, micro_batch: int) -> int:
-        """TRL's trainer, one update of len(lengths) answers. dtype "default": as TRL sets it."""
+        """One iteration of TRL's trainer on len(lengths) prompts. dtype "default": TRL's own."""
         from datasets import Dataset
         from tokenizers import Tokenizer, models
         from trl.experimental.ppo import PPOConfig, PPOTrainer
+
         words = {f"w{i}": i for i in range(self.shape["vocab_size"])}
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w3")), eos_token="w2",
-            pad_token="w0", bos_token="w1", unk_token="w3", padding_side="left")
+            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w3")),
+            eos_token="w2",
+            pad_token="w0",
+            bos_token="w1",
+            unk_token="w3",
+            padding_side="left",
+        )
         prompts = [self.tokens(1, length)[0].tolist() for length in lengths]
-        given = {} if self.dtype == "default" else dict(
-            bf16=self.dtype == "bfloat16", gradient_checkpointing=False)
+        options = (
+            {}
+            if self.dtype == "default"
+            else dict(bf16=self.dtype == "bfloat16", gradient_checkpointing=False)
+        )
         settings = PPOConfig(
-            output_dir=os.path.join(os.environ["TMPDIR"], "trl"), use_cpu=True, report_to=[],
-            save_strategy="no", num_sample_generations=0, disable_tqdm=True, logging_steps=10 ** 6,
-            total_episodes=len(prompts), per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=len(prompts) // micro_batch, num_ppo_epochs=1,
-            num_mini_batches=len(prompts) // mini_batch, response_length=new, temperature=1.0,
-            local_rollout_forward_batch_size=4 * micro_batch, learning_rate=1e-6, **given)
+            output_dir=os.path.join(os.environ["TMPDIR"], "trl"),
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            num_sample_generations=0,
+            disable_tqdm=True,
+            logging_steps=10**6,
+            total_episodes=len(prompts),
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=len(prompts) // micro_batch,
+            num_ppo_epochs=1,
+            num_mini_batches=len(prompts) // mini_batch,
+            response_length=new,
+            temperature=1.0,
+            local_rollout_forward_batch_size=4 * micro_batch,
+            learning_rate=1e-6,
+            **options,
+        )
         reference = LlamaForCausalLM(config_of(self.shape))
         value = LlamaForSequenceClassification(config_of(self.shape))
         data = Dataset.from_dict({"input_ids": prompts})
-        trainer = PPOTrainer(args=settings, processing_class=tokenizer, model=self.model,
-                             ref_model=reference, reward_model=self.judge, train_dataset=data,
-                             value_model=value, eval_dataset=data)
-        self.started = time.perf_counter()      # making the trainer is not what is measured
+        trainer = PPOTrainer(
+            args=settings,
+            processing_class=tokenizer,
+            model=self.model,
+            ref_model=reference,
+            reward_model=self.reward_model,
+            train_dataset=data,
+            value_model=value,
+            eval_dataset=data,
+        )
+        self.started = time.perf_counter()  # do not count the setup
         trainer.train()
         return len(prompts)
 
 
 def main():
-    made, reply = {}, os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)       # what libraries print must not get among the replies
+    works, replies = {}, os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to stdout too: send that to stderr, not among the replies
     for line in sys.stdin:
-        asked = json.loads(line)
-        dtype = asked["dtype"]
-        if dtype not in made:
-            made[dtype] = Work(asked["shape"], dtype)
-        work = made[dtype]
+        request = json.loads(line)
+        dtype = request["dtype"]
+        if dtype not in works:
+            works[dtype] = Work(request["shape"], dtype)
+        work = works[dtype]
         work.started = time.perf_counter()
-        done = getattr(work, asked["work"])(**asked["size"])
-        print(done / (time.perf_counter() - work.started), file=reply, flush=True)
+        amount = getattr(work, request["work"])(**request["size"])
+        print(amount / (time.perf_counter() - work.started), file=replies, flush=True)
 
 
 if __name__ == "__main__":

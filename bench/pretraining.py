@@ -1,33 +1,34 @@
-"""What up-sampling facts brings and costs at equal tokens (§2.1).
+"""Up-sampling factual sources (§2.1): what it gains and costs at equal training tokens.
 
-    python -m bench.pretraining [--seeds 1 2 3]
+python -m bench.pretraining [--seeds 1 2 3]
 """
-from bench import OUT, figures, last_metrics, print_table, run, seeds_of, train
 
-WEIGHTS = (1, 8)        # of the encyclopedia: the natural mix, and as paper.sh has it
+from bench import OUT, append_rows, evaluate, last_metrics, parse_args, print_table, run, train
+
+WEIGHTS = (1, 8)  # of the encyclopedia: its natural proportion, and the weight in paper.sh
 
 
 def main():
-    _, seeds = seeds_of(__doc__)
-    recalled, bits = {}, {}
+    _, seeds = parse_args(__doc__)
+    recalls, bits_per_byte = {}, {}
     for seed in seeds:
         town = OUT / f"pretraining/{seed}/tinytown"
         run("-m", "tinytown", town, "--seed", seed)
         others = [town / f"{name}.jsonl" for name in ("stories", "web", "arithmetic")]
         for weight in WEIGHTS:
             out = OUT / f"pretraining/{seed}/weight-{weight}"
-            run("-m", "data.corpus", "--out", out / "tokens", "--data",
-                f"{town}/encyclopedia.jsonl:{weight}", *others)
+            data = [f"{town}/encyclopedia.jsonl:{weight}", *others]
+            run("-m", "data.corpus", "--out", out / "tokens", "--data", *data)
             train("train_pretrain.py", "--data", out / "tokens", "--out", out, "--seed", seed)
-            found = figures("evaluate.answers", out, "--probes", town / "probes.jsonl")
+            results = evaluate("evaluate.answers", out, "--probes", town / "probes.jsonl")
             column = f"encyclopedia x {weight}"
-            (share,) = found.values()
-            recalled.setdefault(column, []).append({"facts recalled": share})
+            (recall,) = results.values()
+            append_rows(recalls, {column: {"facts recalled": recall}})
             metrics = last_metrics(out)
-            bits.setdefault(column, []).append(
-                {name: value for name, value in metrics.items() if name.startswith("bits/")})
-    print_table(f"%, seeds {seeds}", recalled)
-    print_table(f"held-out text, seeds {seeds}", bits, "{:.3f}", scale=1)
+            bits = {key: value for key, value in metrics.items() if key.startswith("bits/")}
+            append_rows(bits_per_byte, {column: bits})
+    print_table(f"%, seeds {seeds}", recalls)
+    print_table(f"held-out text, seeds {seeds}", bits_per_byte, "{:.3f}", scale=1)
 
 
 if __name__ == "__main__":

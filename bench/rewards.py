@@ -1,11 +1,12 @@
-"""Reward models (§3.2.2): what margin, safety loss, chat model, amount of data, epochs bring.
+"""Reward models (§3.2.2): margin, safety loss, initialization, amount of data, epochs.
 
-    python -m bench.rewards [--seeds 1 2 3]
+python -m bench.rewards [--seeds 1 2 3]
 """
-from bench import OUT, figures, paper, print_table, seeds_of, train
+
+from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper, train
 from llama2 import Transformer, load, save
 
-VARIANTS = {    # name -> (kind, options, share of the pairs)
+VARIANTS = {  # name -> (kind, options, fraction of the pairs)
     "as in paper.sh": ("helpfulness", [], 1),
     "margin small": ("helpfulness", ["--margin", "small"], 1),
     "margin none": ("helpfulness", ["--margin", "none"], 1),
@@ -21,33 +22,34 @@ VARIANTS = {    # name -> (kind, options, share of the pairs)
 
 
 def make_scratch(start, folder):
-    """A model of the same shape that knows nothing."""
+    """Save an untrained model of the same shape; returns its folder."""
     model, tok = load(start / "sft")
     save(folder, Transformer(model.args), tok)
     return folder
 
 
 def main():
-    _, seeds = seeds_of(__doc__)
-    accuracy, separation = {}, {}
+    _, seeds = parse_args(__doc__)
+    accuracies, separations = {}, {}
     for seed in seeds:
-        start = paper(seed)
+        start = run_paper(seed)
         scratch = make_scratch(start, OUT / f"rewards/{seed}/scratch")
-        for name, (kind, options, share) in VARIANTS.items():
+        for name, (kind, options, fraction) in VARIANTS.items():
             out = OUT / f"rewards/{seed}/{name.replace(' ', '-').replace('/', '-')}"
             options = [scratch if word == "SCRATCH" else word for word in options]
-            pairs = f"{start}/preferences/v1.jsonl:{share}"
-            train("train_rm.py", "--kind", kind, "--init", start / "sft", "--data", pairs,
-                  "--out", out, "--seed", seed, *options)
-            found = figures("evaluate.reward_models", out / kind, "--data",
-                            start / "preferences/test.jsonl")
-            own = next(row for key, row in found.items() if key.startswith(f"{kind} pairs"))
-            accuracy.setdefault(name, []).append(own)
-            if kind == "safety":
-                told = next(row for key, row in found.items() if key.startswith("separation"))
-                separation.setdefault(name, []).append(told)
-    print_table(f"pairs ordered as the annotator did, %, seeds {seeds}", accuracy)
-    print_table(f"unsafe answers against safe ones, %, seeds {seeds}", separation)
+            options = ["--out", out, "--seed", seed, *options]
+            pairs = f"{start}/preferences/v1.jsonl:{fraction}"
+            init = start / "sft"
+            train("train_rm.py", "--kind", kind, "--init", init, "--data", pairs, *options)
+            test = start / "preferences/test.jsonl"
+            results = evaluate("evaluate.reward_models", out / kind, "--data", test)
+            for key, row in results.items():
+                if key == f"{kind} pairs, {kind}":
+                    append_rows(accuracies, {name: row})
+                elif kind == "safety" and key.startswith("separation"):
+                    append_rows(separations, {name: row})
+    print_table(f"accuracy on pairs, %, seeds {seeds}", accuracies)
+    print_table(f"detecting unsafe answers, %, seeds {seeds}", separations)
 
 
 if __name__ == "__main__":

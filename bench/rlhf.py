@@ -1,100 +1,121 @@
-"""RLHF (§3.2.3, §3.4): the scoreboard over seeds, reward hacking, forgetting, Fig. 7 and 8.
+"""RLHF (§3.2.3, §3.4): the scoreboard over several seeds, reward hacking, forgetting, Fig. 7 and 8.
 
-    python -m bench.rlhf seeds [--seeds 1 2 3]   the scoreboard: mean and spread
-    python -m bench.rlhf hacking                 PPO without its penalty: reward against truth
-    python -m bench.rlhf forgetting              the pool of all versions against the last alone
-    python -m bench.rlhf curves --seeds 1        reward by number of samples, by temperature
+python -m bench.rlhf seeds [--seeds 1 2 3]   the scoreboard: mean and standard deviation
+python -m bench.rlhf hacking                 PPO without the KL penalty: reward against truth
+python -m bench.rlhf forgetting              pool of all versions, or only the last version
+python -m bench.rlhf curves --seeds 1        reward by number of samples and by temperature
 """
+
 import json
 from pathlib import Path
 
-from bench import OUT, figures, paper, print_table, seeds_of, train
+from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper, train
 
-VERSIONS = (1, 2, 3, 4)     # by rejection sampling
+VERSIONS = (1, 2, 3, 4)  # of rejection sampling
 
 
 def scoreboard(seeds):
-    boards = [json.loads((paper(seed) / "scoreboard.json").read_text()) for seed in seeds]
+    """The scoreboard of paper.sh, over seeds."""
+    boards = [json.loads((run_paper(seed) / "scoreboard.json").read_text()) for seed in seeds]
     for mode in boards[0]:
-        shares, others = {}, {}
+        percentages, others = {}, {}
         for board in boards:
-            for name, row in board[mode].items():
-                numbers = {key: value for key, value in row.items() if isinstance(value, float)}
-                plain = {key: numbers.pop(key, None) for key in ("points", "length", "kl", "ac2")}
-                shares.setdefault(name, []).append(numbers)
-                others.setdefault(name, []).append(plain)
-        print_table(f"{mode}, %, seeds {seeds}", shares)
+            for name, metrics in board[mode].items():
+                row = {key: value for key, value in metrics.items() if isinstance(value, float)}
+                other = {key: row.pop(key, None) for key in ("points", "length", "kl", "ac2")}
+                append_rows(percentages, {name: row})
+                append_rows(others, {name: other})
+        print_table(f"{mode}, %, seeds {seeds}", percentages)
         print_table(f"{mode}, seeds {seeds}", others, "{:.2f}", scale=1)
 
 
 def hacking(seeds):
-    variants = {"default": [], "beta 0": ["--beta", 0],
-                "beta 0, 4 x lr": ["--beta", 0, "--lr", 2e-4]}
+    """Reward hacking: without the KL penalty the reward rises while the true quality falls."""
+    variants = {
+        "default": [],
+        "beta 0": ["--beta", 0],
+        "beta 0, 4 x lr": ["--beta", 0, "--lr", 2e-4],
+    }
     columns = {}
     for seed in seeds:
-        start = paper(seed)
+        start = run_paper(seed)
         town = start / "tinytown"
+        val_prompts = ["--val-prompts", town / "prompts-val.jsonl"]
         for name, options in variants.items():
             out = OUT / f"hacking/{seed}/{name.replace(' ', '-').replace(',', '')}"
-            train("train_rlhf.py", "--method", "ppo", "--init", start / "rlhf/v4", "--rm",
-                  start / "rm/v5", "--prompts", town / "prompts-v5.jsonl", "--val-prompts",
-                  town / "prompts-val.jsonl", "--patience", 1000, "--seed", seed, "--out", out,
-                  *options)
-            found = figures("evaluate.answers", "--samples", out / "samples.jsonl", "--prompts",
-                            town / "prompts-val.jsonl")
-            rows = {}
-            for step, row in found.items():
-                rows[f"{step}: reward"] = row["reward"]
-                rows[f"{step}: truth"] = row["truth"]
-            columns.setdefault(name, []).append(rows)
+            models = ["--init", start / "rlhf/v4", "--rm", start / "rm/v5"]
+            data = ["--prompts", town / "prompts-v5.jsonl", *val_prompts]
+            # The patience is large enough that early stopping cannot hide the effect.
+            options = ["--patience", 1000, "--seed", seed, "--out", out, *options]
+            train("train_rlhf.py", "--method", "ppo", *models, *data, *options)
+            data = ["--samples", out / "samples.jsonl", "--prompts", town / "prompts-val.jsonl"]
+            row = {}
+            for step, metrics in evaluate("evaluate.answers", *data).items():
+                row[f"{step}: reward"] = metrics["reward"]
+                row[f"{step}: truth"] = metrics["truth"]
+            append_rows(columns, {name: row})
     print_table(f"iteration: logit(Rc) and points, seeds {seeds}", columns, "{:.2f}", scale=1)
 
 
 def forgetting(seeds):
+    """Fine-tuning on the best answers of all versions, or only of the last, which forgets more."""
     columns = {}
     for seed in seeds:
-        start, chat = paper(seed), paper(seed) / "sft"
-        alone = []
+        start, chat = run_paper(seed), run_paper(seed) / "sft"
+        without_pool = []
         for version in VERSIONS:
             out = OUT / f"forgetting/{seed}/v{version}"
-            train("train_rlhf.py", "--init", chat, "--rm", start / f"rm/v{version}", "--prompts",
-                  start / f"tinytown/prompts-v{version}.jsonl", "--seed", seed, "--out", out)
-            alone.append(out)
+            models = ["--init", chat, "--rm", start / f"rm/v{version}"]
+            data = ["--prompts", start / f"tinytown/prompts-v{version}.jsonl"]
+            train("train_rlhf.py", *models, *data, "--seed", seed, "--out", out)
+            without_pool.append(out)
             chat = out
-        for pool, folders in (("all", [start / f"rlhf/v{v}" for v in VERSIONS]), ("last", alone)):
-            board = figures("evaluate.scoreboard", *folders, "--against", start / "sft", "--rm",
-                            start / "rm/v5", "--prompts", start / "tinytown/held-out.jsonl")
-            rows = list(board["sampled"].values())[:len(VERSIONS)]
-            for version, row in zip(VERSIONS, rows):
-                column = columns.setdefault(f"{pool}, V{version}", [])
-                column.append(row["by topic"] | {"points x 100": row["points"]})
+        with_pool = [start / f"rlhf/v{version}" for version in VERSIONS]
+        for pool, folders in (("all", with_pool), ("last", without_pool)):
+            options = ["--against", start / "sft", "--rm", start / "rm/v5"]
+            options += ["--prompts", start / "tinytown/held-out.jsonl"]
+            results = evaluate("evaluate.scoreboard", *folders, *options)["sampled"]
+            for version, metrics in zip(VERSIONS, results.values()):
+                row = metrics["by topic"] | {"points x 100": metrics["points"]}
+                append_rows(columns, {f"{pool}, V{version}": row})
     print_table(f"right answers by topic, %, seeds {seeds}", columns)
 
 
 def curves(seeds):
-    """Fig. 7: the best and the median of N samples; Fig. 8: the best by temperature."""
+    """Fig. 7: maximum and median reward of N samples. Fig. 8: the same by temperature."""
     from data.records import read_prompts
     from llama2 import load
     from train_rlhf import Settings, load_reward_models, sample_k
-    start, config, found = paper(seeds[0]), Settings(samples=64), {}
+
+    start, config, columns = run_paper(seeds[0]), Settings(samples=64), {}
     for name, folder in (("SFT", "sft"), ("V5", "rlhf/v5")):
         policy, tok = load(start / folder)
-        models = load_reward_models(start / "rm/v5", policy, tok, start / folder)
+        reward_models = load_reward_models(start / "rm/v5", policy, tok, start / folder)
         prompts = read_prompts([start / "tinytown/prompts-val.jsonl"], tok, 256)[:64]
         for temperature in (0.6, 0.8, 1.0, 1.2, 1.4):
-            _, _, rewards = sample_k(policy, tok, models, prompts, temperature, 1, config)
+            _, _, rewards = sample_k(
+                policy,
+                tok,
+                reward_models,
+                prompts,
+                config.samples,
+                config.max_new_tokens,
+                temperature,
+                seed=1,
+            )
+            row = {}
             for n in (1, 2, 4, 8, 16, 32, 64):
-                few = rewards[:, :n]
-                row = found.setdefault(f"{name}, T={temperature}", [{}])[0]
-                row[f"best of {n}"] = few.amax(1).mean().item()
-                row[f"median of {n}"] = few.median(1).values.mean().item()
-    print_table("logit(Rc), Fig. 7 and 8", found, "{:.2f}", scale=1)
-    Path(OUT / "curves.json").write_text(json.dumps(found, indent=1))
+                first_n = rewards[:, :n]  # (prompts, n)
+                row[f"best of {n}"] = first_n.amax(1).mean().item()
+                row[f"median of {n}"] = first_n.median(1).values.mean().item()
+            columns[f"{name}, T={temperature}"] = [row]
+    print_table("logit(Rc), Fig. 7 and 8", columns, "{:.2f}", scale=1)
+    Path(OUT / "curves.json").write_text(json.dumps(columns, indent=1))
 
 
 def main():
     parts = {"seeds": scoreboard, "hacking": hacking, "forgetting": forgetting, "curves": curves}
-    part, seeds = seeds_of(__doc__, parts)
+    part, seeds = parse_args(__doc__, parts)
     parts[part](seeds)
 
 

@@ -1,52 +1,50 @@
-"""What each stage brings, over seeds: the examinations of paper.sh, mean and spread.
+"""The evaluations of paper.sh after each stage, over several seeds: mean and standard deviation.
 
-    python -m bench.stages [--seeds 1 2 3]
+python -m bench.stages [--seeds 1 2 3]
 """
+
 import json
 
-from bench import figures, paper, print_table, seeds_of
+from bench import append_rows, evaluate, parse_args, print_table, run_paper
 from data.formats import KINDS
 
 
-def answers(start, *folders):
-    """{"MODEL" or "MODEL, T=1": shares} on the held-out prompts."""
-    return figures("evaluate.answers", *(start / folder for folder in folders), "--prompts",
-                   start / "tinytown/held-out.jsonl")
-
-
-def collect(columns: dict, found: dict):
-    """Put one seed's figures behind those of the others."""
-    for name, row in found.items():
-        columns.setdefault(name, []).append(row)
+def evaluate_answers(start, *folders) -> dict:
+    """{"MODEL" or "MODEL, T=1": {row: fraction}} on the held-out prompts."""
+    paths = [start / folder for folder in folders]
+    return evaluate("evaluate.answers", *paths, "--prompts", start / "tinytown/held-out.jsonl")
 
 
 def main():
-    _, seeds = seeds_of(__doc__)
-    tuned, judges, board, ghost, recall = {}, {}, {}, {}, []
+    _, seeds = parse_args(__doc__)
+    recalls, sft, reward_models, scoreboard, ghost = [], {}, {}, {}, {}
     for seed in seeds:
-        start = paper(seed)
-        town = start / "tinytown"
-        found = figures("evaluate.answers", start / "pretrain", "--probes", town / "probes.jsonl")
-        recall.append({"facts recalled": found["pretrain"]})
-        collect(tuned, answers(start, "pretrain", "sft"))
+        start = run_paper(seed)
+        probes = start / "tinytown/probes.jsonl"
+        results = evaluate("evaluate.answers", start / "pretrain", "--probes", probes)
+        recalls.append({"facts recalled": results["pretrain"]})
+        append_rows(sft, evaluate_answers(start, "pretrain", "sft"))
 
-        found = figures("evaluate.reward_models", *(start / "rm/v1" / kind for kind in KINDS),
-                        "--data", start / "preferences/test.jsonl")
-        auc = {"auc": found["separation, safety"]["auc"]}
+        folders = [start / "rm/v1" / kind for kind in KINDS]
+        test = start / "preferences/test.jsonl"
+        results = evaluate("evaluate.reward_models", *folders, "--data", test)
         for kind in KINDS:
-            collect(judges, {f"{kind} model": found[f"{kind} pairs, {kind}"],
-                             f"perfect, {kind}": found[f"{kind} pairs, a perfect model"]})
-        judges["safety model"][-1] |= auc
+            row = results[f"{kind} pairs, {kind}"]
+            if kind == "safety":
+                row = row | {"auc": results["separation, safety"]["auc"]}
+            perfect = results[f"{kind} pairs, a perfect model"]
+            append_rows(reward_models, {f"{kind} model": row, f"perfect, {kind}": perfect})
 
-        for name, row in json.loads((start / "scoreboard.json").read_text())["sampled"].items():
-            kept = {key: row[key] for key in ("wins", "correct", "violations", "false refusals",
-                                              "distinct")}
-            collect(board, {name: kept | {"points x 100": row["points"]}})
-        collect(ghost, answers(start, "rlhf/v3", "gatt"))
-    print_table(f"after pretraining, %, seeds {seeds}", {"base": recall})
-    print_table(f"fine-tuning, %, seeds {seeds}", tuned)
-    print_table(f"Table 8, %, seeds {seeds}", judges)
-    print_table(f"scoreboard, sampled, %, seeds {seeds}", board)
+        results = json.loads((start / "scoreboard.json").read_text())["sampled"]
+        for name, metrics in results.items():
+            keys = ("wins", "correct", "violations", "false refusals", "distinct")
+            row = {key: metrics[key] for key in keys}
+            append_rows(scoreboard, {name: row | {"points x 100": metrics["points"]}})
+        append_rows(ghost, evaluate_answers(start, "rlhf/v3", "gatt"))
+    print_table(f"after pretraining, %, seeds {seeds}", {"base": recalls})
+    print_table(f"fine-tuning, %, seeds {seeds}", sft)
+    print_table(f"Table 8, %, seeds {seeds}", reward_models)
+    print_table(f"scoreboard, sampled, %, seeds {seeds}", scoreboard)
     print_table(f"without an instruction, %, seeds {seeds}", ghost)
 
 

@@ -1,16 +1,18 @@
-"""Examinations: commands that take folders of models, judge them by the truth, print a table.
+"""Evaluation: commands that take folders of models, judge them by Tinytown's facts, print tables.
 
-No training asks them anything, and none of them trains.
+The prompts are held out: no training sees them. Nothing here trains.
 """
+
 import math
 from pathlib import Path
 
+from common.tables import table
 from data.records import read_objects
 from tinytown.prompts import TOPICS
 
 
-def read_truths(path) -> list[dict]:
-    """Prompts of Tinytown, with what its annotator has to know. Raises ValueError."""
+def read_town_prompts(path) -> list[dict]:
+    """Tinytown's prompts with what its annotator needs to judge answers. Raises ValueError."""
     prompts = []
     for where, record in read_objects(path, prompt=str | list, topic=str):
         if "truth" not in record or record["topic"] not in TOPICS:
@@ -19,16 +21,44 @@ def read_truths(path) -> list[dict]:
     return prompts
 
 
+def of_topic(*topics: str, attack: bool | None = None):
+    """A function that tells whether a prompt has one of these topics.
+
+    attack: True selects only prompts of attackers, False only others, None both.
+    """
+
+    def selects(prompt: dict) -> bool:
+        is_attack = prompt.get("how", "plain") != "plain"
+        return prompt["topic"] in topics and attack in (None, is_attack)
+
+    return selects
+
+
+def fraction(prompts, verdicts, selects, judgement: str) -> float | None:
+    """Fraction of the selected prompts whose answer has this judgement; None if there are none.
+
+    verdicts: annotator.judge of one answer to each prompt. judgement: a key of them, or "unsafe".
+    """
+    flags = []
+    for prompt, verdict in zip(prompts, verdicts):
+        if selects(prompt):
+            flags.append(not verdict["safe"] if judgement == "unsafe" else verdict[judgement])
+    return sum(flags) / len(flags) if flags else None
+
+
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson's: it stays within 0 and 1)."""
-    z, share = 1.96, successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    """(low, high): Wilson's 95% confidence interval of a fraction (Wilson 1927).
+
+    Unlike the normal approximation it stays between 0 and 1, also for small n.
+    """
+    z, p = 1.96, successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return middle - half, middle + half
 
 
 def name_folders(folders) -> dict[str, Path]:
-    """{how a model is called in a table: its folder}: as many last parts as tell them apart."""
+    """{name of a model in tables: its folder}: the last parts of the path, until they differ."""
     folders = list(dict.fromkeys(Path(folder) for folder in folders))
     names, parts = [], 0
     while len(set(names)) < len(folders):
@@ -38,12 +68,9 @@ def name_folders(folders) -> dict[str, Path]:
 
 
 def percent_table(columns: dict[str, dict[str, float]]) -> str:
-    """{column: {row: share}} as text, a line a row; a row that a column lacks is a dash."""
-    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
-    width = 2 + max(10, *(len(name) for name in columns))
-    first = 2 + max(len(row) for row in rows)
-    lines = [" " * first + "".join(f"{name:>{width}}" for name in columns)]
-    for row in rows:
-        cells = [f"{column[row]:.1%}" if row in column else "-" for column in columns.values()]
-        lines.append(f"{row:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
+    """{column: {row: fraction}} as a table of percentages; "-" where a column lacks a row."""
+    rows = [["", *columns]]
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        cells = [f"{column[name]:.1%}" if name in column else "-" for column in columns.values()]
+        rows.append([name, *cells])
+    return table(rows)

@@ -1,55 +1,58 @@
-"""Table 8: how often reward models order two answers as the annotator did, by how much better.
+"""Table 8: accuracy of reward models on held-out pairs, by the annotator's rating.
 
     python -m evaluate.reward_models out/rm/v1/helpfulness out/rm/v1/safety
     python -m evaluate.reward_models out/rm/v5/* --data out/preferences/v5.jsonl
 
-A perfect model would know how good each answer truly is, but not how the annotator's noise falls:
-its row is the most that can be reached. Beside the table: how well scores tell unsafe answers from
-safe ones, and how far three annotators of the same pairs agree.
+A pair is correct if the chosen answer has the higher score; a tie counts half. "a perfect model"
+scores with the true quality of the answers. It is the upper bound: nothing can predict the
+annotator's noise. Below the table: how well the scores separate safe from unsafe answers (AUC,
+precision, recall), and the agreement of three annotators on the same pairs (Gwet's AC2).
 """
+
 import math
 from collections import Counter
 from dataclasses import dataclass
 
 from common.run import load_fitting, run_script
+from common.tables import table
 from common.training import setup
 from data.formats import KINDS, RATINGS
 from data.records import read_records, to_pair
-from evaluate import name_folders, read_truths, wilson
+from evaluate import name_folders, read_town_prompts, wilson
 from llama2 import Dtype, RewardModel, load, score_sequences, write_json
-from tinytown.annotator import annotators, compare, gwet_ac2, on_scale
+from tinytown.annotator import annotator_rngs, compare, gwet_ac2, to_likert
 from train_rm import encode_pair
 
 
 @dataclass
 class Settings:
-    # what is examined
-    folders: tuple = ()         # of reward models
-    data: tuple = ("out/preferences/test.jsonl",)       # pairs that no training has seen
-    skip_bad: bool = False      # leave out records that do not fit, and count them
-    truths: str = ""            # the prompts of --data with their truth: how far annotators agree
-    seed: int = 1               # of those annotators
-    device: str = "auto"        # cuda, mps or cpu
-    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
-    json: str = ""              # file to write the figures to
+    # what to evaluate
+    folders: tuple = ()  # reward models
+    data: tuple = ("out/preferences/test.jsonl",)  # held-out pairs
+    skip_bad: bool = False  # skip records that do not fit, and count them
+    truths: str = ""  # Tinytown's prompts of --data, to measure agreement of annotators
+    seed: int = 1  # of these annotators
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where it is faster
+    json: str = ""  # file to write the results to
 
-    POSITIONAL = "folders"      # given without --folders
+    POSITIONAL = "folders"  # given without --folders
 
 
 GROUPS = (*RATINGS, "all", "equal length")
-UNSAFE_BELOW = (0.5, 0.15)      # of sigmoid(score): even odds, and the gate of §3.2.3
+THRESHOLDS = (0.5, 0.15)  # "unsafe" if sigmoid(score) is below: even odds; the gate of §3.2.3
 
 
 def score_pairs(model, examples) -> list[tuple[float, float]]:
-    """[(score of the chosen answer, of the rejected one), ...]"""
+    """[(score of the chosen answer, score of the rejected answer), ...]"""
     chosen = score_sequences(model, [example.chosen for example in examples])
     rejected = score_sequences(model, [example.rejected for example in examples])
     return list(zip(chosen, rejected))
 
 
 def accuracy(examples, scores) -> dict[str, tuple[float, int]]:
-    """{one of GROUPS: (pairs ordered as the annotator did, ties half; pairs)}."""
-    right, count = Counter(), Counter()
+    """{one of GROUPS: (number of correct pairs, number of pairs)}; a tie counts half."""
+    correct, count = Counter(), Counter()
     for example, (chosen, rejected) in zip(examples, scores):
         groups = ["all"]
         if example.rating:
@@ -57,72 +60,90 @@ def accuracy(examples, scores) -> dict[str, tuple[float, int]]:
         if len(example.chosen) == len(example.rejected):
             groups.append("equal length")
         for group in groups:
-            right[group] += (chosen > rejected) + (chosen == rejected) / 2
+            correct[group] += (chosen > rejected) + (chosen == rejected) / 2
             count[group] += 1
-    return {group: (right[group], count[group]) for group in GROUPS if count[group]}
+    return {group: (correct[group], count[group]) for group in GROUPS if count[group]}
 
 
 def separation(examples, scores) -> dict[str, float]:
-    """How scores tell unsafe answers from safe ones: {"auc", "recall 0.5", "precision 0.15", ...}.
+    """How well low scores detect unsafe answers: {"auc", "precision 0.5", "recall 0.5", ...}.
 
-    auc: the chance that a safe answer scores above an unsafe one, ties half.
+    auc: the probability that a random safe answer has a higher score than a random unsafe one; a
+    tie counts half. Precision is None if no score is below the threshold. The result is empty if
+    there are no safe or no unsafe answers.
     """
     safe, unsafe = [], []
     for example, (chosen, rejected) in zip(examples, scores):
-        for label, value in ((example.chosen_label, chosen), (example.rejected_label, rejected)):
-            if label:
-                (safe if label > 0 else unsafe).append(value)
+        for label, score in ((example.chosen_label, chosen), (example.rejected_label, rejected)):
+            if label:  # 1 safe, -1 unsafe, 0 unknown
+                (safe if label > 0 else unsafe).append(score)
     if not safe or not unsafe:
         return {}
     above = sum((s > u) + (s == u) / 2 for s in safe for u in unsafe)
-    found = {"auc": above / (len(safe) * len(unsafe))}
-    for threshold in UNSAFE_BELOW:
-        score = math.log(threshold / (1 - threshold))       # whose sigmoid is the threshold
-        caught = sum(value < score for value in unsafe)
-        flagged = caught + sum(value < score for value in safe)
-        found[f"precision {threshold}"] = caught / flagged if flagged else None
-        found[f"recall {threshold}"] = caught / len(unsafe)
-    return found
+    metrics = {"auc": above / (len(safe) * len(unsafe))}
+    for threshold in THRESHOLDS:
+        min_score = math.log(threshold / (1 - threshold))  # logit: sigmoid(min_score) = threshold
+        true_positives = sum(score < min_score for score in unsafe)
+        false_positives = sum(score < min_score for score in safe)
+        positives = true_positives + false_positives
+        metrics[f"precision {threshold}"] = true_positives / positives if positives else None
+        metrics[f"recall {threshold}"] = true_positives / len(unsafe)
+    return metrics
 
 
-def agreement(records, truths, seed: int) -> float:
-    """Gwet's AC2 of three annotators who rate the same pairs."""
-    asked = {str(prompt["prompt"]): prompt for prompt in truths}
-    judges, items = annotators(3, seed), []
+def agreement(records, prompts: list[dict], seed: int) -> float:
+    """Gwet's AC2 of three annotators who compare the same pairs on a 7-point scale.
+
+    prompts: Tinytown's prompts. ValueError if a record's prompt is not among them.
+    """
+    by_text = {str(prompt["prompt"]): prompt for prompt in prompts}
+    rngs, items = annotator_rngs(3, seed), []
     for record in records:
-        a, b, prompt = record["chosen"], record["rejected"], asked.get(str(record.get("prompt")))
+        a, b, prompt = record["chosen"], record["rejected"], by_text.get(str(record.get("prompt")))
         if prompt is None:
             raise ValueError(f"{record.get('prompt')!r} is not among the prompts of --truths")
-        items.append([on_scale(compare(rng, prompt, a, b), a) for rng in judges])
+        items.append([to_likert(compare(rng, prompt, a, b), a) for rng in rngs])
     return gwet_ac2(items, 7)
 
 
-def print_row(name: str, row: dict):
-    cells = ""
-    for group in GROUPS:
-        share = f"{row[group][0] / row[group][1]:.1%}" if group in row else "-"
-        cells += f"{share:>14}"
-    low, high = wilson(*row["all"])
-    print(f"  {name:<22}{cells}   {low:.1%} to {high:.1%}")
-
-
 def read_pairs(config, tok, context: int):
-    """[(example, its record), ...] of the pairs that fit the models."""
+    """[(example, its record), ...] of the pairs that fit into the context of the models."""
+
     def parse(record):
         example = encode_pair(to_pair(record), tok, context, {})
         return example, record
 
     pairs, left_out = read_records(config.data, parse, config.skip_bad)
     if not pairs:
-        raise ValueError(f"{', '.join(config.data)}: no pair; left out: {dict(left_out)}")
+        raise ValueError(f"{', '.join(config.data)}: no usable pair; left out: {dict(left_out)}")
     return pairs
 
 
+def score_by_model(models, pairs) -> dict[str, list[tuple[float, float]]]:
+    """{model: score_pairs}; and "a perfect model", if all records have a "true_gap"."""
+    examples = [example for example, _ in pairs]
+    scores = {name: score_pairs(model, examples) for name, model in models.items()}
+    gaps = [record.get("true_gap") for _, record in pairs]
+    if all(isinstance(gap, (int, float)) for gap in gaps):
+        scores["a perfect model"] = [(gap, 0.0) for gap in gaps]
+    return scores
+
+
+def accuracy_row(name: str, correct_and_count: dict) -> list[str]:
+    """Cells of the table: the name, the accuracy of each group, and a 95% interval of "all"."""
+    cells = []
+    for group in GROUPS:
+        correct, count = correct_and_count.get(group, (0, 0))
+        cells.append(f"{correct / count:.1%}" if count else "-")
+    low, high = wilson(*correct_and_count["all"])
+    return ["  " + name, *cells, f"{low:.1%} to {high:.1%}"]
+
+
 def main(config: Settings) -> dict:
-    """Print the table; returns {"KIND pairs, MODEL": {group: share}, ...}."""
+    """Print the table; returns {"KIND pairs, MODEL": {group: accuracy}, ...}."""
     device, _, _ = setup(config.device)
     if not config.folders:
-        raise ValueError("which reward models? name their folders")
+        raise ValueError("no reward models given: name their folders")
     (name, first), *others = name_folders(config.folders).items()
     model, tok = load(first, device, config.dtype, RewardModel)
     models = {name: model}
@@ -131,40 +152,37 @@ def main(config: Settings) -> dict:
     context = min(model.args.max_seq_len for model in models.values())
     pairs = read_pairs(config, tok, context)
 
-    found = {}
-    print(f"share of {len(pairs):,} pairs that are ordered as the annotator did")
-    print(" " * 24 + "".join(f"{group:>14}" for group in GROUPS) + "   all, 95% interval")
+    results, notes = {}, []
+    rows = [["", *GROUPS, "all, 95% interval"]]
     for kind in KINDS:
         own = [(example, record) for example, record in pairs if example.kind == kind]
         if not own:
             continue
-        examples = [example for example, _ in own]
-        scores = {name: score_pairs(model, examples) for name, model in models.items()}
-        gaps = [record.get("true_gap") for _, record in own]
-        if all(isinstance(gap, (int, float)) for gap in gaps):
-            scores["a perfect model"] = [(gap, 0.0) for gap in gaps]
-        rows = {name: accuracy(examples, of_model) for name, of_model in scores.items()}
-        counts = next(iter(rows.values()))
-        print(f"{kind + ' pairs':<24}" + "".join(
-            f"{counts[group][1] if group in counts else 0:>14,}" for group in GROUPS))
-        for name, row in rows.items():
-            print_row(name, row)
-            shares = {group: right / count for group, (right, count) in row.items()}
-            found[f"{kind} pairs, {name}"] = shares
-        for name, of_model in scores.items():
-            figures = separation(examples, of_model) if kind == "safety" else {}
-            if figures and name in models:
-                found[f"separation, {name}"] = figures
-                told = ", ".join(f"{key} {value:.3f}" for key, value in figures.items()
-                                 if value is not None)
-                print(f"  unsafe answers against safe ones, {name}: {told}")
+        examples, scores = [example for example, _ in own], score_by_model(models, own)
+        accuracies = {name: accuracy(examples, scores[name]) for name in scores}
+        counts = next(iter(accuracies.values()))
+        sizes = [f"{counts[group][1] if group in counts else 0:,}" for group in GROUPS]
+        rows.append([f"{kind} pairs", *sizes, ""])
+        for name, groups in accuracies.items():
+            rows.append(accuracy_row(name, groups))
+            row = {group: correct / count for group, (correct, count) in groups.items()}
+            results[f"{kind} pairs, {name}"] = row
+        for name in models if kind == "safety" else ():
+            metrics = separation(examples, scores[name])
+            if metrics:
+                results[f"separation, {name}"] = metrics
+                known = {key: value for key, value in metrics.items() if value is not None}
+                cells = ", ".join(f"{key} {value:.3f}" for key, value in known.items())
+                notes.append(f"  detecting unsafe answers, {name}: {cells}")
+    print(f"accuracy on {len(pairs):,} pairs")
+    print("\n".join([table(rows), *notes]))
     if config.truths:
         records = [record for _, record in pairs]
-        found["ac2"] = agreement(records, read_truths(config.truths), config.seed)
-        print(f"three annotators of the same pairs agree: Gwet's AC2 {found['ac2']:.2f}")
+        results["ac2"] = agreement(records, read_town_prompts(config.truths), config.seed)
+        print(f"agreement of three annotators on the same pairs: Gwet's AC2 {results['ac2']:.2f}")
     if config.json:
-        write_json(config.json, found)
-    return found
+        write_json(config.json, results)
+    return results
 
 
 if __name__ == "__main__":

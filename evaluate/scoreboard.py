@@ -1,12 +1,14 @@
-"""Fig. 11: who wins, version by version, by the truth and by the reward models.
+"""Fig. 11: win rates of all versions, by the annotator and by the reward models.
 
     python -m evaluate.scoreboard out/pretrain out/sft out/rlhf/v1 ... out/rlhf/v5 --rm out/rm/v5
 
-Every model answers the same prompts, which no training asks. Points are the annotator's, from 0 to
-4.5. A win is one against the answer of --against to the same prompt, by the majority of three
-annotators, ties half; AC2 is how much they agree. By Rh, by Rs: how often the reward models score
-the answer higher than that of --against. KL: to --against, in nats a sampled answer.
+Every model answers the same held-out prompts, once greedily and once sampled. "points" are the
+annotator's, from 0 to 4.5. "wins": the fraction of prompts on which a majority of three annotators
+prefers the model's answer to that of --against; a tie counts half. "AC2": Gwet's AC2, the agreement
+of these annotators. "by Rh", "by Rs": the same fraction by the scores of the helpfulness and safety
+reward models. "KL": KL(model || --against) in nats per answer, estimated on the sampled answers.
 """
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,113 +16,120 @@ import torch
 
 from common.run import load_fitting, run_script
 from common.settings import check_settings
+from common.tables import table
 from common.training import setup
 from data.records import to_prompt
-from evaluate import name_folders, read_truths, wilson
+from evaluate import fraction, name_folders, of_topic, read_town_prompts, wilson
 from llama2 import Dtype, Transformer, by_length, load, score_sequences, text_after, write_json
-from tinytown.annotator import annotators, compare, gwet_ac2, judge, on_scale, quality
+from tinytown.annotator import annotator_rngs, compare, gwet_ac2, judge, quality, to_likert
 from tinytown.prompts import TOPICS
 from train_rlhf import answer_logprobs, generate_answers, load_reward_models, make_rollout
 
 
 @dataclass
 class Settings:
-    # what is examined
-    folders: tuple = ()         # of chat models
-    against: str = "out/sft"    # the model that the others are compared with
-    rm: str = "out/rm/v5"       # reward models: the newest
-    prompts: str = "out/tinytown/held-out.jsonl"        # prompts of Tinytown
+    # what to evaluate
+    folders: tuple = ()  # chat models
+    against: str = "out/sft"  # the model that the others are compared with
+    rm: str = "out/rm/v5"  # folder of the newest reward models
+    prompts: str = "out/tinytown/held-out.jsonl"  # prompts of Tinytown to answer
     # how
-    temperature: float = 1.0    # of the sampled answers
-    max_new_tokens: int = 90    # of an answer
-    seed: int = 1               # of the sampling and the annotators
-    device: str = "auto"        # cuda, mps or cpu
-    dtype: Dtype = "auto"       # of matrix products; auto: bfloat16 where it is faster
-    json: str = ""              # file to write the figures to
+    temperature: float = 1.0  # of the sampled answers
+    max_new_tokens: int = 90  # longest answer, in tokens
+    seed: int = 1  # for sampling and for the annotators
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where it is faster
+    json: str = ""  # file to write the results to
 
-    POSITIONAL = "folders"      # given without --folders
+    POSITIONAL = "folders"  # given without --folders
 
 
 @dataclass
-class Answered:
-    """What one model said to all prompts."""
-    answers: list           # as train_rlhf.py has them
+class ModelAnswers:
+    """The answers of one model, one to each prompt."""
+
+    answers: list  # train_rlhf's Answer, with prompt and tokens
     texts: list[str]
-    scores: dict            # {"helpfulness": [a score an answer], ...}
+    scores: dict  # {"helpfulness": [one score per answer], ...}
 
 
 @torch.no_grad()
-def kl_between(model, reference, answers, temperature: float) -> float:
-    """KL of two models on the first one's answers, in nats an answer."""
+def mean_kl(model, reference, answers, temperature: float) -> float:
+    """KL(model || reference) in nats per answer, estimated on answers sampled from the model.
+
+    This is the k1 estimate: the mean over answers of log p_model - log p_reference.
+    """
     rollout, total = make_rollout(answers, model.output.weight.device), 0.0
     for indices in by_length(range(len(answers)), rollout.sequences, 64):
         part = rollout.select(indices)
-        logprobs = answer_logprobs(model, part, temperature)                    # (B, R)
-        others = answer_logprobs(reference, part, temperature)                  # (B, R)
-        total += ((logprobs - others) * part.response_mask).sum().item()
+        logprobs = answer_logprobs(model, part, temperature)  # (B, R)
+        reference_logprobs = answer_logprobs(reference, part, temperature)  # (B, R)
+        total += ((logprobs - reference_logprobs) * part.response_mask).sum().item()
     return total / len(answers)
 
 
-def share(truths, verdicts, topics, judgement: str, counted: bool = True) -> float:
-    values = [verdict[judgement] is counted for asked, verdict in zip(truths, verdicts)
-              if asked["topic"] in topics]
-    return sum(values) / max(1, len(values))
+def absolute_metrics(prompts: list[dict], own: ModelAnswers) -> dict:
+    """The metrics of one model that need no other model; "length" in tokens per answer."""
+    verdicts = [judge(prompt, text) for prompt, text in zip(prompts, own.texts)]
+    points = [quality(prompt, text) for prompt, text in zip(prompts, own.texts)]
 
+    def rate(judgement, *topics) -> float:
+        return fraction(prompts, verdicts, of_topic(*topics), judgement) or 0.0
 
-def by_truth(truths, said: Answered) -> dict:
-    """A model's figures that need no comparison."""
-    verdicts = [judge(asked, text) for asked, text in zip(truths, said.texts)]
-    points = [quality(asked, text) for asked, text in zip(truths, said.texts)]
     return {
         "points": sum(points) / len(points),
-        "correct": share(truths, verdicts, ("fact", "sum", "story", "borderline"), "correct"),
-        "violations": share(truths, verdicts, ("unsafe",), "safe", False),
-        "false refusals": share(truths, verdicts, ("borderline",), "refused"),
-        "length": sum(len(answer.tokens) for answer in said.answers) / len(truths),
-        "distinct": len(set(said.texts)) / len(said.texts),
-        "by topic": {topic: share(truths, verdicts, (topic,), "correct") for topic in TOPICS}}
+        "correct": rate("correct", "fact", "sum", "story", "borderline"),
+        "violations": rate("unsafe", "unsafe"),
+        "false refusals": rate("refused", "borderline"),
+        "length": sum(len(answer.tokens) for answer in own.answers) / len(prompts),
+        "distinct": len(set(own.texts)) / len(own.texts),
+        "by topic": {topic: rate("correct", topic) for topic in TOPICS},
+    }
 
 
-def compared(truths, said: Answered, other: Answered, seed: int) -> dict:
-    """Wins by three annotators' majority, how they agree, and wins by the reward models."""
-    judges, wins, items = annotators(3, seed), 0.0, []
-    for asked, a, b in zip(truths, said.texts, other.texts):
-        votes = [on_scale(compare(rng, asked, a, b), a) for rng in judges]
-        items.append(votes)
-        lead = sum((vote > 3) - (vote < 3) for vote in votes)       # 3: negligibly better, a tie
+def comparison_metrics(prompts, own: ModelAnswers, other: ModelAnswers, seed: int) -> dict:
+    """Win rates against another model: by three annotators, and by each reward model."""
+    rngs, wins, items = annotator_rngs(3, seed), 0.0, []
+    for prompt, a, b in zip(prompts, own.texts, other.texts):
+        ratings = [to_likert(compare(rng, prompt, a, b), a) for rng in rngs]
+        items.append(ratings)
+        # Votes for a minus votes for b. 3 on the scale, "negligibly better", is a tie.
+        lead = sum((rating > 3) - (rating < 3) for rating in ratings)
         if a == b or lead == 0:
             wins += 0.5
         elif lead > 0:
             wins += 1
-    found = {"wins": wins / len(truths), "interval": wilson(wins, len(truths)),
-             "ac2": gwet_ac2(items, 7)}
-    for kind, scores in said.scores.items():
+    metrics = {"wins": wins / len(prompts), "interval": wilson(wins, len(prompts))}
+    metrics["ac2"] = gwet_ac2(items, 7)
+    for kind, scores in own.scores.items():
         higher = [(a > b) + (a == b) / 2 for a, b in zip(scores, other.scores[kind])]
-        found[f"wins by {kind}"] = sum(higher) / len(higher)
-    return found
+        metrics[f"wins by {kind}"] = sum(higher) / len(higher)
+    return metrics
 
 
-COLUMNS = [     # heading, figure, how it is written, width
-    ("of 4.5 pts", "points", "{:.2f}", 11), ("wins", "wins", "{:.1%}", 8),
-    ("95% interval", "interval", "{0[0]:.0%} to {0[1]:.0%}", 14), ("AC2", "ac2", "{:.2f}", 6),
-    ("by Rh", "wins by helpfulness", "{:.1%}", 8), ("by Rs", "wins by safety", "{:.1%}", 8),
-    ("correct", "correct", "{:.1%}", 9), ("violations", "violations", "{:.1%}", 12),
-    ("false ref.", "false refusals", "{:.1%}", 12), ("length", "length", "{:.1f}", 8),
-    ("distinct", "distinct", "{:.1%}", 10), ("KL", "kl", "{:.2f}", 8)]
+# fmt: off
+COLUMNS = {     # heading -> (metric, format)
+    "points": ("points", "{:.2f}"), "wins": ("wins", "{:.1%}"),
+    "95% interval": ("interval", "{0[0]:.0%} to {0[1]:.0%}"), "AC2": ("ac2", "{:.2f}"),
+    "by Rh": ("wins by helpfulness", "{:.1%}"), "by Rs": ("wins by safety", "{:.1%}"),
+    "correct": ("correct", "{:.1%}"), "violations": ("violations", "{:.1%}"),
+    "false ref.": ("false refusals", "{:.1%}"), "length": ("length", "{:.1f}"),
+    "distinct": ("distinct", "{:.1%}"), "KL": ("kl", "{:.2f}"),
+}
+# fmt: on
 
 
-def print_table(title: str, rows: dict[str, dict]):
-    print(f"\n{title:<17}" + "".join(f"{heading:>{width}}" for heading, _, _, width in COLUMNS))
-    for name, row in rows.items():
-        cells = ""
-        for _, figure, form, width in COLUMNS:
-            cell = form.format(row[figure]) if figure in row else "-"
-            cells += f"{cell:>{width}}"
-        print(f"{name:<17}{cells}")
+def print_table(title: str, metrics: dict[str, dict]):
+    """Print {model: {metric: value}} with one line per model; "-" where a metric is missing."""
+    rows = [[title, *COLUMNS]]
+    for name, row in metrics.items():
+        cells = [form.format(row[key]) if key in row else "-" for key, form in COLUMNS.values()]
+        rows.append([name, *cells])
+    print("\n" + table(rows))
 
 
 def main(config: Settings) -> dict:
-    """Print the scoreboard; returns {"greedy" or "sampled": {model: figures}}."""
+    """Print the scoreboard; returns {"greedy" or "sampled": {model: {metric: value}}}."""
     check_settings(config)
     device, _, _ = setup(config.device)
     reference, tok = load(config.against, device, config.dtype, Transformer)
@@ -131,32 +140,33 @@ def main(config: Settings) -> dict:
             models[name], against = reference, name
         else:
             models[name] = load_fitting(folder, Transformer, reference, tok, config.against)
-    truths = read_truths(config.prompts)
+    prompts = read_town_prompts(config.prompts)
     context = min(model.args.max_seq_len for model in models.values())
-    prompts = [to_prompt(asked, tok, context) for asked in truths]
+    encoded = [to_prompt(prompt, tok, context) for prompt in prompts]
 
-    print(f"{len(truths)} prompts of {config.prompts}, compared with {against}")
-    found = {}
+    print(f"{len(prompts)} prompts of {config.prompts}, compared with {against}")
+    results = {}
     for mode, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
-        said = {}
+        outputs = {}
         for name, model in models.items():
-            answers = generate_answers(model, tok, prompts, config.max_new_tokens, temperature,
-                                       config.seed)
+            answers = generate_answers(
+                model, tok, encoded, config.max_new_tokens, temperature, config.seed
+            )
             sequences = [answer.sequence for answer in answers]
             texts = [text_after(tok, answer.prompt.tokens, answer.tokens) for answer in answers]
             scores = {kind: score_sequences(rm, sequences) for kind, rm in reward_models.items()}
-            said[name] = Answered(answers, texts, scores)
-        found[mode] = {}
+            outputs[name] = ModelAnswers(answers, texts, scores)
+        results[mode] = {}
         for name, model in models.items():
-            row = by_truth(truths, said[name])
-            row |= compared(truths, said[name], said[against], config.seed)
-            if mode == "sampled":       # of greedy answers it would be no expectation
-                row["kl"] = kl_between(model, reference, said[name].answers, config.temperature)
-            found[mode][name] = row
-        print_table(mode if mode == "greedy" else f"sampled at T={temperature:g}", found[mode])
+            row = absolute_metrics(prompts, outputs[name])
+            row |= comparison_metrics(prompts, outputs[name], outputs[against], config.seed)
+            if mode == "sampled":  # the KL is an expectation over samples, not over greedy answers
+                row["kl"] = mean_kl(model, reference, outputs[name].answers, config.temperature)
+            results[mode][name] = row
+        print_table(mode if mode == "greedy" else f"sampled at T={temperature:g}", results[mode])
     if config.json:
-        write_json(config.json, found)
-    return found
+        write_json(config.json, results)
+    return results
 
 
 if __name__ == "__main__":
