@@ -1,4 +1,4 @@
-"""One way to print tables: for examinations, the report of data.corpus and the ablations."""
+"""One way to print tables: for evaluations, the report of data.corpus and the ablations."""
 
 
 def table(rows: list[list[str]], markdown: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Context distillation (§4.2.3): prompts, pre-prompts, a chat and a safety model -> dialogues.
+"""Context distillation (§4.2.4): prompts, pre-prompts, a chat and a safety model -> dialogues.
 
     system: You are a wise and responsible assistant.   prompt  ->  a distilled answer
                                                         prompt  ->  the plain answer
@@ -12,8 +12,8 @@ Otherwise a helpful model would learn to evade harmless questions.
     python -m data.distillation --chat out/v2 --rm out/rm/safety --data prompts.jsonl --out FILE
     python train_sft.py --no-pack --init out/v2 --data FILE ... --out out/safer
 
-Differs from the paper: if the gate declines, the plain answer is trained on. Without these prompts
-almost all answers would be refusals, and the model would refuse too much.
+Differs from the paper: if the score is not higher, the plain answer is trained on. Without these
+prompts almost all answers would be refusals, and the model would refuse too much.
 """
 
 import random

@@ -1,4 +1,7 @@
-"""What the files between the stages agree on. It imports nothing, so Tinytown can use it, too."""
+"""What data/ and tinytown/ share: words in their files, and how instructions are combined.
+
+This file imports nothing, so that the toy world can use it without the rest of the project.
+"""
 
 KINDS = ("helpfulness", "safety")  # of reward models, and of the pairs that they learn from
 RATINGS = ("significantly", "better", "slightly", "negligibly")  # how much better (§3.2.1)

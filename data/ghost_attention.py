@@ -13,12 +13,12 @@ from all messages but the first, and computes the loss on the last answer only:
         --history 1024 --context 2048 --out out/mine/ghost.jsonl
     python train_sft.py --no-pack --init out/v2 --data out/mine/ghost.jsonl sharegpt.json ...
 
-The paper is short here. We read it as follows: answers are sampled turn by turn, so later answers
-continue the sampled ones; "set the loss to 0 for all the tokens from the previous turns" includes
-the answers of these turns. ours: an answer that disobeys the instruction, by the instruction's own
-patterns, is removed with its question. Each dialogue is also cut after three random turns, so that
-it gives up to four examples: with the last answer alone, many turns would give one example. The
-model must already follow an instruction in the same message.
+The paper is short here. We read it so that answers are sampled turn by turn, and later answers
+continue the sampled ones. A turn is a question with its answer. ours: an answer that disobeys the
+instruction, by the instruction's own patterns, is removed with its question. Each dialogue is also
+cut after some random turns (--beginnings), so that it gives several examples: with a loss on the
+last answer only, many turns would give one example. The model must already follow an instruction in
+the same message.
 """
 
 import random
@@ -75,8 +75,7 @@ def obeys(answer: str, instructions: list[dict]) -> bool:
 
 
 def instruct_every_message(text: str, turns: list[tuple[str, str]], question: str) -> list[dict]:
-    """The dialogue for sampling: the instruction is in every user message, and the last one waits
-    for an answer."""
+    """The dialogue for sampling: the instruction is in every user message, also in the last one."""
     messages = []
     for earlier_question, answer in turns:
         messages += [user_message(f"{text} {earlier_question}"), assistant_message(answer)]
@@ -115,7 +114,7 @@ def sample_dialogs(
     """
     room = min(config.history, model.args.max_seq_len - config.max_new_tokens)
     dialogs, disobeyed = [[] for _ in questions], 0
-    for turn in range(max(len(of_dialog) for of_dialog in questions)):
+    for turn in range(max(len(of_one) for of_one in questions)):
         # All dialogues that have this turn get their next answer in one batch.
         active = [i for i in range(len(questions)) if turn < len(questions[i])]
         prompts = []
@@ -164,8 +163,8 @@ def main(config: Settings):
     def parse(record):
         messages = to_messages(record)
         encode_dialog(tok, messages)  # raises ValueError if a message has a tag
-        of_user = [message["content"] for message in messages if message["role"] == "user"]
-        return of_user[: config.turns]
+        user_texts = [message["content"] for message in messages if message["role"] == "user"]
+        return user_texts[: config.turns]
 
     available = read_instructions(config.instructions, tok, config.skip_bad)
     questions = read_and_count(config.data, parse, config.skip_bad, "dialogue")
@@ -185,7 +184,7 @@ def main(config: Settings):
             f"no answer of {config.chat} obeys its instruction: fine-tune it on "
             "instructions in the same message first"
         )
-    sampled = sum(len(of_dialog) for of_dialog in questions)
+    sampled = sum(len(of_one) for of_one in questions)
     if is_main():
         output.made_of["figures"] = {
             "sampled": sampled,

@@ -5,10 +5,11 @@
 
     python -m data.preferences --prompts mine.jsonl --annotator person --out out/mine/v1.jsonl
 
---annotator tinytown is a script that knows the truth of the toy world. --annotator person asks at
-the terminal; the person can stop at any time and continue later with the same command. --annotator
-nobody writes the answers as "a" and "b", for labelling with another tool, which must rename them to
-"chosen" and "rejected" and should add "rating". In all three cases train_rm.py reads the file.
+--annotator tinytown is a script that compares by the facts of the toy world. --annotator person
+asks at the terminal; the person can stop at any time and continue later with the same command.
+--annotator nobody writes the answers as "a" and "b", for labelling with another tool, which must
+rename them to "chosen" and "rejected" and should add "rating". In all three cases train_rm.py reads
+the file.
 
 The paper does not say how its variants differ. ours: the second variant is an earlier version, or
 an interpolation of the weights: --blend 0.7 is 70% of the way from --other to --chat.
@@ -48,7 +49,7 @@ class Settings:
     # prompts and annotator
     prompts: tuple = ("out/tinytown/compare-v1.jsonl",)  # {"prompt", "is_safety"}, one per line
     skip_bad: bool = False  # skip records that do not fit, and count them
-    annotator: Literal["tinytown", "person", "nobody"] = "tinytown"  # who compares them
+    annotator: Literal["tinytown", "person", "nobody"] = "tinytown"  # who compares the answers
     out: str = "out/preferences/v1.jsonl"  # the pairs (paper: 1,418,091)
     overwrite: bool = False  # replace an existing file
     seed: int = 1  # for sampling and for the annotator's noise

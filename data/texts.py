@@ -26,7 +26,7 @@ class Source:
 
 
 def find_sources(specs) -> list[Source]:
-    """A Source for each FILE_OR_FOLDER[:WEIGHT]. ValueError for a missing or unknown file."""
+    """A Source for each FILE_OR_FOLDER[:WEIGHT]. ValueError if one is missing or has no text."""
     sources, names = [], Counter()
     for spec in specs:
         path, weight = split_weight(spec)
@@ -111,7 +111,8 @@ def read_text(path: str) -> dict | ValueError:
     except UnicodeDecodeError as e:
         bad, reason = e.start, f"not UTF-8 text ({e.reason}); convert it first"
     if bad >= 0:
-        return ValueError(f"line {data[:bad].count(10) + 1}: {reason}")
+        line = data[:bad].count(b"\n") + 1
+        return ValueError(f"line {line}: {reason}")
     return {"text": text}
 
 

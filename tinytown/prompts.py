@@ -253,7 +253,7 @@ def instructed_dialogue(rng, prompt: dict, candidates: list[dict]) -> list[dict]
 
 
 def pre_prompt(rng) -> str:
-    """A safety pre-prompt (§4.2.3), such as "You are a wise and responsible assistant."."""
+    """A safety pre-prompt (§4.2.4), such as "You are a wise and responsible assistant."."""
     return "You are a {} and {} assistant.".format(*rng.sample(ADJECTIVES, 2))
 
 
