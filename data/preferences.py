@@ -70,7 +70,9 @@ def interpolate(chat: Transformer, other: Transformer, blend: float) -> Transfor
     return variant
 
 
-def answer_all(model: Transformer, tok: Tokenizer, prompts, seed: int, config) -> list[str]:
+def answer_all(
+    model: Transformer, tok: Tokenizer, prompts, seed: int, config: Settings
+) -> list[str]:
     """One answer to each prompt, at a temperature drawn for the prompt."""
     rng = random.Random(seed)
     temperatures = [rng.choice(config.temperatures) for _ in prompts]
@@ -84,7 +86,9 @@ def answer_all(model: Transformer, tok: Tokenizer, prompts, seed: int, config) -
     return texts
 
 
-def generate_pairs(variants, tok: Tokenizer, prompts, seed: int, config) -> list[list[str]]:
+def generate_pairs(
+    variants, tok: Tokenizer, prompts, seed: int, config: Settings
+) -> list[list[str]]:
     """[[answer a, answer b], ...], one from each variant, in random order."""
     rng = random.Random(seed)
     first = answer_all(variants[0], tok, prompts, seed, config)

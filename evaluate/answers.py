@@ -22,7 +22,7 @@ from common.training import setup
 from data.ghost_attention import obeys
 from data.records import prompt_to_messages, read_objects, user_message
 from evaluate import fraction, name_folders, of_topic, percent_table, read_town_prompts
-from llama2 import Dtype, Transformer, encode_dialog, generate, load, respond, write_json
+from llama2 import Dtype, Tokenizer, Transformer, encode_dialog, generate, load, respond, write_json
 from tinytown.annotator import judge, quality, without_instructed_text
 from tinytown.prompts import TOPICS
 
@@ -74,7 +74,7 @@ def measure(prompts: list[dict], texts: list[str]) -> dict[str, float]:
     return fractions
 
 
-def evaluate_answers(config, device) -> dict:
+def evaluate_answers(config: Settings, device) -> dict:
     """{model: {row: fraction}}, each model once greedy and once sampled; prints the table."""
     prompts = read_town_prompts(config.prompts)
     dialogs = [prompt_to_messages(prompt["prompt"]) for prompt in prompts]
@@ -96,7 +96,7 @@ def evaluate_answers(config, device) -> dict:
 
 
 # ------------------------------------------------------------------------------------------- recall
-def recall(model, tok, probes: list[dict]) -> float:
+def recall(model: Transformer, tok: Tokenizer, probes: list[dict]) -> float:
     """Fraction of probes that the model completes, greedily, with the right word."""
     prompts = [tok.encode(probe["prompt"], bos=True) for probe in probes]
     outs = generate(model, prompts, max_new_tokens=12, temperature=0)
@@ -107,7 +107,7 @@ def recall(model, tok, probes: list[dict]) -> float:
     return correct / len(probes)
 
 
-def evaluate_recall(config, device) -> dict:
+def evaluate_recall(config: Settings, device) -> dict:
     """{model: fraction of the probes completed correctly}; prints a line per model."""
     probes = [record for _, record in read_objects(config.probes, prompt=str, answer=str)]
     if not probes:
@@ -124,7 +124,9 @@ def evaluate_recall(config, device) -> dict:
 TURNS = (1, 2, 4, 6, 10, 20)
 
 
-def hold_conversations(model, tok, records: list[dict], config) -> list[list[str]]:
+def hold_conversations(
+    model: Transformer, tok: Tokenizer, records: list[dict], config: Settings
+) -> list[list[str]]:
     """Greedy answers to each turn of each conversation; the model reads its own earlier answers.
 
     Only the first message has the instruction. Once the context is full, answers are empty.
@@ -161,7 +163,7 @@ def measure_obedience(records: list[dict], answers: list[list[str]]) -> dict[str
     return {"obey": obey, "right": right}
 
 
-def evaluate_obedience(config, device) -> dict:
+def evaluate_obedience(config: Settings, device) -> dict:
     """{model: {group: {"obey" or "right": [fraction at each of TURNS]}}}; prints the table."""
     groups = defaultdict(list)
     fields = {"group": str, "instruction": str, "prompts": list, "rules": list}
@@ -192,7 +194,7 @@ def evaluate_obedience(config, device) -> dict:
 
 
 # ----------------------------------------------------------------------------------- PPO's samples
-def evaluate_samples(config) -> dict:
+def evaluate_samples(config: Settings) -> dict:
     """{step: {"reward", "truth" in points of `quality`, "violations"}}; prints the table.
 
     step: the iteration of PPO whose policy sampled the answers.

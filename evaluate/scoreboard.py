@@ -54,7 +54,7 @@ class ModelAnswers:
 
 
 @torch.no_grad()
-def mean_kl(model, reference, answers, temperature: float) -> float:
+def mean_kl(model: Transformer, reference: Transformer, answers, temperature: float) -> float:
     """KL(model || reference) in nats per answer, estimated on answers sampled from the model.
 
     This is the k1 estimate: the mean over answers of log p_model - log p_reference.
