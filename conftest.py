@@ -21,7 +21,7 @@ from common import run as runs
 from common import training
 from data import corpus
 from data.formats import KINDS
-from llama2 import ModelArgs, RewardModel, Tokenizer, Transformer, generate, save
+from llama2 import ModelArgs, RewardModel, Tokenizer, Transformer, save
 from tinytown import annotator, prompts, world
 from tinytown.__main__ import every_file
 
@@ -197,16 +197,6 @@ def stage(name, inputs, out, **changes):
 def model_folder(config):
     """The folder that a training stage writes its model to."""
     return Path(config.out) / getattr(config, "kind", "")
-
-
-@pytest.fixture
-def with_eos(monkeypatch):
-    """Every sampled answer ends with EOS, which is rare in those of a random model."""
-
-    def generate_with_eos(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id):
-        return [ids + [eos_id] for ids in generate(model, prompts, 4, temperature, 1.0, seed)]
-
-    monkeypatch.setattr(train_rlhf, "generate", generate_with_eos)
 
 
 def interrupt_at(step, script, monkeypatch, signals=0):
