@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -227,14 +226,6 @@ def losses(folder):
 
 
 # ----------------------------------------------------------------------------------------- commands
-def run_python(*argv):
-    """Run a command in a process of its own; returns its standard output."""
-    command = [sys.executable, *map(str, argv)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
 def options(config):
     """The command-line options of a Settings, as a list of words."""
     words = []

@@ -101,10 +101,6 @@ def test_swiglu_by_hand():
     assert torch.allclose(ffn(x), ffn.w2.weight @ hidden, atol=1e-5)
 
 
-def test_ffn_width_equals_that_of_the_released_models():
-    assert [ModelArgs(**SIZES[s]).ffn_dim for s in ("7B", "13B", "70B")] == [11008, 13824, 28672]
-
-
 def test_rotary_embedding_multiplies_neighbouring_pairs_as_complex_numbers():
     x = torch.randn(1, 5, 1, 8)
     args = replace(ARGS, dim=8, n_heads=1, n_kv_heads=1)
@@ -369,6 +365,7 @@ def test_bad_prompts_settings_and_weights_are_errors():
     nan = float("nan")
     for name, value, error in (
         ("top_p", 0, "top_p=0"),
+        ("top_p", 2, "top_p=2"),
         ("top_p", nan, "top_p=nan"),
         ("temperature", 1e-40, "temperature=1e-40"),
         ("temperature", -1, "temperature=-1"),
@@ -632,13 +629,6 @@ def test_ranking_loss_and_its_gradient_by_hand_for_each_margin(margin, by_rating
     assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-g)) for g in gaps), rel=1e-5)
     loss.backward()
     assert chosen.grad.tolist() == pytest.approx([-1 / (1 + math.exp(g)) for g in gaps], rel=1e-5)
-
-
-def test_swapping_chosen_and_rejected_adds_the_gap_to_the_loss():
-    chosen, rejected = torch.randn(5), torch.randn(5)
-    loss = train_rm.ranking_loss(chosen, rejected, torch.zeros(5))
-    swapped = train_rm.ranking_loss(rejected, chosen, torch.zeros(5))
-    assert (swapped - loss).item() == pytest.approx((chosen - rejected).sum().item(), abs=1e-5)
 
 
 def test_safety_loss_by_hand_and_without_gradient_where_the_label_is_unknown():
@@ -1058,20 +1048,14 @@ def test_lowest_temperature_within_one_standard_error_is_chosen(monkeypatch):
     assert means[1.0] - means[0.5] == pytest.approx(1, abs=0.1)
 
 
-def test_reward_models_must_fit_the_policy_and_safety_is_optional(
-    tmp_path, tok, char_tok, rm_folder, capsys
-):
+def test_reward_models_fit_the_context_and_safety_is_optional(tmp_path, tok, rm_folder, capsys):
     policy = make_model(vocab_size=tok.vocab_size)
-    other = RewardModel(replace(ARGS, vocab_size=char_tok.vocab_size))
-    save(tmp_path / "other/helpfulness", other, char_tok)
-    with pytest.raises(ValueError, match="other/helpfulness has another tokenizer than policy"):
-        train_rlhf.load_reward_models(tmp_path / "other", policy, tok, "policy")
     policy.args = replace(policy.args, max_seq_len=257)
     with pytest.raises(ValueError, match="has a context of 256 tokens"):
         train_rlhf.load_reward_models(rm_folder, policy, tok, "policy")
-    save(tmp_path / "alone/helpfulness", make_reward_model(tok), tok)
     policy.args = replace(policy.args, max_seq_len=64)
-    models = train_rlhf.load_reward_models(tmp_path / "alone", policy, tok, "policy")
+    save(tmp_path / "helpfulness", make_reward_model(tok), tok)
+    models = train_rlhf.load_reward_models(tmp_path, policy, tok, "policy")
     assert list(models) == ["helpfulness"]
     assert "only the helpfulness model gives the rewards" in capsys.readouterr().out
     scores = train_rlhf.score_answers(models, [make_answer([1, 5, 6, 2], 2, is_safety=True)])

@@ -40,25 +40,16 @@ def test_impossible_model_args_are_refused_by_name(field, value, error):
         replace(ARGS, **{field: value})
 
 
-@pytest.mark.parametrize(
-    "device, has_bfloat16, expected",
-    [
-        ("cpu", True, "bfloat16"),
-        ("cpu", False, "float32"),
-        ("cuda", True, "bfloat16"),
-        ("cuda", False, "float32"),
-        ("mps", True, "float32"),
-    ],
-)
-def test_auto_dtype_is_bfloat16_where_the_device_supports_it(
-    monkeypatch, device, has_bfloat16, expected
-):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_dtype_is_bfloat16_where_the_device_supports_it(monkeypatch, supported):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    assert llama2.matmul_dtype("auto", device) == expected
-    for dtype in ("float32", "bfloat16"):
-        assert llama2.matmul_dtype(dtype, device) == dtype
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    dtype = "bfloat16" if supported else "float32"
+    for device, expected in (("cpu", dtype), ("cuda", dtype), ("mps", "float32")):
+        assert llama2.matmul_dtype("auto", device) == expected
+        assert llama2.matmul_dtype("float32", device) == "float32"
+        assert llama2.matmul_dtype("bfloat16", device) == "bfloat16"
 
 
 def test_loaded_checkpoint_equals_the_saved_model(saved, tok, monkeypatch):
@@ -77,7 +68,7 @@ def test_loaded_checkpoint_equals_the_saved_model(saved, tok, monkeypatch):
     assert list(model.state_dict())[:2] == ["tok_embeddings.weight", "layers.0.attention.wq.weight"]
 
 
-def test_shards_and_params_of_meta_s_release_load(tmp_path, tok):
+def test_shards_and_params_of_the_released_models_load(tmp_path, tok):
     """wq, wk, wv, w1, w3 and output are split by rows; wo, w2 and the embeddings by columns."""
     model = make_model(vocab_size=tok.vocab_size)
     shards = [{"rope.freqs": torch.zeros(4)}, {"rope.freqs": torch.zeros(4)}]
@@ -112,88 +103,88 @@ def test_logits_equal_those_of_hugging_face_transformers(n_kv_heads):
     def halves(weight):  # their rotary embedding pairs i with i + head_dim/2, ours 2i with 2i + 1
         return weight.view(-1, args.head_dim // 2, 2, 32).transpose(1, 2).reshape(-1, 32)
 
-    state = {
-        "model.embed_tokens.weight": model.tok_embeddings.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.output.weight,
+    names = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "layers": "model.layers",
+        "tok_embeddings": "model.embed_tokens",
+        "output": "lm_head",
     }
-    for i, block in enumerate(model.layers):
-        at, ff, layer = block.attention, block.feed_forward, f"model.layers.{i}."
-        state |= {
-            layer + "self_attn.q_proj.weight": halves(at.wq.weight),
-            layer + "self_attn.k_proj.weight": halves(at.wk.weight),
-            layer + "self_attn.v_proj.weight": at.wv.weight,
-            layer + "self_attn.o_proj.weight": at.wo.weight,
-            layer + "mlp.gate_proj.weight": ff.w1.weight,
-            layer + "mlp.down_proj.weight": ff.w2.weight,
-            layer + "mlp.up_proj.weight": ff.w3.weight,
-            layer + "input_layernorm.weight": block.attention_norm.weight,
-            layer + "post_attention_layernorm.weight": block.ffn_norm.weight,
-        }
+    state = {}
+    for name, weight in model.state_dict().items():
+        weight = halves(weight) if ".wq" in name or ".wk" in name else weight
+        name = "model.norm.weight" if name == "norm.weight" else name
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name] = weight
     peer.load_state_dict(state)
     tokens = torch.randint(300, (2, 30))
     assert (peer(tokens).logits - model(tokens)).abs().max() < 1e-4
 
 
-def damage(folder, tok, how):
-    """Damage a checkpoint in one way; a dict replaces values of params.json."""
-    file, params = folder / "consolidated.00.pth", folder / "params.json"
-    state = torch.load(file, weights_only=True)
-    if isinstance(how, dict):
-        params.write_text(json.dumps(json.loads(params.read_text()) | how))
-    elif how == "LFS pointer":
-        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
-    elif how == "web page":
-        file.write_text("<!DOCTYPE html><html>")
-    elif how == "half":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif how == "nested dict":
-        torch.save({"model": state}, file)
-    elif how == "list":
-        torch.save(list(state.values()), file)
-    elif how == "integers":
-        torch.save({name: weight.long() for name, weight in state.items()}, file)
-    elif how == "missing weight":
-        del state["norm.weight"]
-        torch.save(state, file)
-    elif how == "params a list":
-        params.write_text("[1]")
-    elif how == "half of params":
-        params.write_text('{"dim": 32')
-    elif how == "tokenizer":
-        (folder / "tokenizer.model").write_bytes(tok.proto[:1000])
-    else:
-        for path in folder.iterdir():
-            path.unlink()
-        if how == "Hugging Face":
-            (folder / "model.safetensors").write_bytes(b"")
+class Code:
+    """A pickle that creates a folder when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("created",)
+
+
+def without_norm(state):
+    return {name: weight for name, weight in state.items() if name != "norm.weight"}
+
+
+WEIGHTS, PARAMS, LFS = "consolidated.00.pth", "params.json", b"version https://git-lfs.github.com/"
+NO_WEIGHTS = "these are not weights"
 
 
 @pytest.mark.parametrize(
-    "how, error",
+    "file, change, error",
     [
-        ("LFS pointer", "these are not weights .*: not a file of tensors only"),
-        ("web page", "these are not weights .*: not a file of tensors only"),
-        ("half", "these are not weights"),
-        ("nested dict", "other than named tensors"),
-        ("list", "these are not weights"),
-        ("integers", "these are not weights"),
-        ("missing weight", "Missing key.*norm.weight"),
-        ("params a list", "expected one JSON object"),
-        ("half of params", "params.json: broken JSON"),
-        ("tokenizer", "not a SentencePiece model"),
-        ("empty folder", "no checkpoint here.*tokenizer.model$"),
-        ("Hugging Face", "Hugging Face's format is not supported yet"),
-        ({"norm_eps": "1e-5"}, "norm_eps='1e-5'"),
-        ({"vocab_size": 99}, "they belong to two models"),
-        ({"n_layers": None}, "n_layers=None"),
-        ({"rope_theta": float("nan")}, "rope_theta=nan"),
-        ({"use_scaled_rope": True}, "use_scaled_rope"),
-        ({"dim": 64}, "size mismatch"),
+        (WEIGHTS, LFS, f"{NO_WEIGHTS} .*: not a file of tensors only"),
+        (WEIGHTS, b"<!DOCTYPE html><html>", f"{NO_WEIGHTS} .*: not a file of tensors only"),
+        (WEIGHTS, "half", NO_WEIGHTS),
+        (WEIGHTS, lambda state: {"x": Code()}, NO_WEIGHTS),
+        (WEIGHTS, lambda state: {"model": state}, "other than named tensors"),
+        (WEIGHTS, lambda state: list(state.values()), NO_WEIGHTS),
+        (WEIGHTS, lambda state: {name: w.long() for name, w in state.items()}, NO_WEIGHTS),
+        (WEIGHTS, without_norm, "Missing key.*norm.weight"),
+        (PARAMS, b"[1]", "expected one JSON object"),
+        (PARAMS, b'{"dim": 32', "params.json: broken JSON"),
+        (PARAMS, {"norm_eps": "1e-5"}, "norm_eps='1e-5'"),
+        (PARAMS, {"vocab_size": 99}, "they belong to two models"),
+        (PARAMS, {"n_layers": None}, "n_layers=None"),
+        (PARAMS, {"rope_theta": float("nan")}, "rope_theta=nan"),
+        (PARAMS, {"use_scaled_rope": True}, "use_scaled_rope"),
+        (PARAMS, {"dim": 64}, "size mismatch"),
+        ("tokenizer.model", "half", "not a SentencePiece model"),
+        ("tokenizer.model", None, "no checkpoint here.*tokenizer.model$"),
+        ("model.safetensors", b"", "Hugging Face's format is not supported yet"),
     ],
 )
-def test_a_broken_checkpoint_is_refused_in_one_line(saved, tok, how, error, capsys):
-    damage(saved, tok, how)
+def test_a_broken_checkpoint_is_one_line_and_runs_no_code(
+    saved, file, change, error, capsys, monkeypatch
+):
+    monkeypatch.chdir(saved)
+    path = saved / file
+    if file == "model.safetensors":
+        (saved / WEIGHTS).unlink()
+    if change is None:
+        path.unlink()
+    elif change == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    elif isinstance(change, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    else:
+        torch.save(change(torch.load(path, weights_only=True)), path)
     with pytest.raises(ValueError, match=error) as e:
         load(saved)
     assert str(saved) in str(e.value)
@@ -201,24 +192,7 @@ def test_a_broken_checkpoint_is_refused_in_one_line(saved, tok, how, error, caps
     with pytest.raises(SystemExit) as exit_:
         llama2.main(["complete", str(saved), "a"])
     assert (exit_.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
-
-
-class Code:
-    """A pickle that creates a folder when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_loading_a_checkpoint_cannot_run_code(saved):
-    created = saved / "created"
-    torch.save({"x": Code(str(created))}, saved / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="these are not weights"):
-        load(saved)
-    assert not created.exists()
+    assert not (saved / "created").exists()
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):

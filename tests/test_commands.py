@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import llama2
-import train_pretrain
 import train_rlhf
 import train_sft
 from common import run as runs
@@ -30,7 +29,6 @@ from conftest import (
     make_reward_model,
     model_folder,
     options,
-    run_python,
     stage,
     write_jsonl,
 )
@@ -79,6 +77,11 @@ BAD_SETTINGS = [
         (name, dict(resume=True), ["--resume continues the run", "--overwrite deletes it", "only"])
         for name in STAGES
     ],
+    ("corpus", dict(vocab_size=30000), ["vocabulary of 30000", "at most"]),
+    ("corpus", dict(vocab_size=5), ["vocabulary of 5", "at least"]),
+    ("corpus", dict(vocab_size=0), ["--vocab-size 0: must be above 0"]),
+    ("corpus", dict(val_fraction=1.5), ["--val-fraction 1.5: must be at most 1"]),
+    ("corpus", dict(tokenizer=__file__), ["not a SentencePiece model"]),
     ("pretrain", dict(init="", size="8B"), ["8B", "tiny"]),
     ("pretrain", dict(data="gone"), ["gone", "python -m data.corpus"]),
     ("pretrain", dict(seq_len=10**6), ["stories", "less than one sequence", "--seq-len"]),
@@ -112,7 +115,10 @@ def test_a_bad_setting_is_one_line_and_deletes_no_finished_run(
 ):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    script, config = stage(name, inputs, tmp_path / "out")
+    if name == "corpus":
+        script, config = corpus, corpus.Settings(data=(inputs.text,), out=str(tmp_path / "out"))
+    else:
+        script, config = stage(name, inputs, tmp_path / "out")
     model = model_folder(config) / "consolidated.00.pth"
     model.parent.mkdir(parents=True)
     model.write_bytes(b"finished")
@@ -150,50 +156,32 @@ def test_a_bad_text_is_one_line_and_writes_no_tokens(tmp_path, expect_error, nam
     assert not (tmp_path / "tokens/index.json").exists()
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        (dict(vocab_size=30000), ["vocabulary of 30000", "at most"]),
-        (dict(vocab_size=5), ["vocabulary of 5", "at least"]),
-        (dict(vocab_size=0), ["--vocab-size 0: must be above 0"]),
-        (dict(val_fraction=1.5), ["--val-fraction 1.5: must be at most 1"]),
-        (dict(tokenizer=__file__), ["not a SentencePiece model"]),
-    ],
-)
-def test_a_bad_setting_of_data_corpus_is_one_line(tmp_path, inputs, expect_error, changes, words):
-    config = corpus.Settings(data=(inputs.text,), out=str(tmp_path / "t"))
-    expect_error(corpus, replace(config, **changes), *words)
-
-
 def test_models_with_another_tokenizer_are_refused_in_one_line(
     tmp_path, inputs, char_tok, expect_error
 ):
-    other, other_rm = str(tmp_path / "other"), str(tmp_path / "rm")
+    base, other, other_rm = inputs.base, str(tmp_path / "other"), str(tmp_path / "rm")
     save(other, make_model(vocab_size=char_tok.vocab_size), char_tok)
     for kind in ("safety", "helpfulness"):
         save(Path(other_rm) / kind, make_reward_model(char_tok), char_tok)
-    out, base = dict(out=str(tmp_path / "o.jsonl"), **EXACT), inputs.base
     fact = dict(topic="fact", name="Mira", attribute="pet", truth="goat", about="Mira's pet")
     fact |= dict(prompt="Tell me Mira's pet.", is_safety=False)
-    held_out = dict(prompts=str(write_jsonl(tmp_path / "h.jsonl", [fact])), **EXACT)
-    pre_prompts = str(write_jsonl(tmp_path / "i.jsonl", [{"instruction": "Be the fox."}]))
-    safety = f"{inputs.rm}/safety", f"{other_rm}/safety"
-    _, pretraining = stage("pretrain", inputs, tmp_path / "out", init=other)
-    for script, config in (
-        (scoreboard, scoreboard.Settings((other,), against=base, rm=inputs.rm, **held_out)),
-        (scoreboard, scoreboard.Settings((base,), against=base, rm=other_rm, **held_out)),
-        (reward_models, reward_models.Settings(safety, data=(inputs.pairs,), **EXACT)),
-        (preferences, preferences.Settings(base, other, prompts=(inputs.prompts,), **out)),
-        (
-            distillation,
-            distillation.Settings(
-                base, safety[1], data=(inputs.prompts,), pre_prompts=(pre_prompts,), **out
-            ),
-        ),
-        (train_pretrain, pretraining),
+    held_out = str(write_jsonl(tmp_path / "h.jsonl", [fact]))
+    pre_prompts = (str(write_jsonl(tmp_path / "i.jsonl", [{"instruction": "Be the fox."}])),)
+    safety, data = (f"{inputs.rm}/safety", f"{other_rm}/safety"), (inputs.prompts,)
+    board, out = dict(against=base, prompts=held_out), str(tmp_path / "o.jsonl")
+    for script, settings in (
+        (scoreboard, dict(folders=(other,), rm=inputs.rm, **board)),
+        (scoreboard, dict(folders=(base,), rm=other_rm, **board)),
+        (reward_models, dict(folders=safety, data=(inputs.pairs,))),
+        (preferences, dict(chat=base, other=other, prompts=data, out=out)),
+        (distillation, dict(chat=base, rm=safety[1], data=data, pre_prompts=pre_prompts, out=out)),
     ):
-        advice = ["data.corpus --tokenizer"] if script is train_pretrain else []
-        expect_error(script, config, "has another tokenizer than", *advice)
+        config = script.Settings(**settings, **EXACT)
+        expect_error(script, config, "has another tokenizer than")
+    script, config = stage("pretrain", inputs, tmp_path / "out", init=other)
+    expect_error(script, config, "has another tokenizer than", "data.corpus --tokenizer")
+    script, config = stage("ppo", inputs, tmp_path / "out", rm=other_rm)
+    expect_error(script, config, "rm/helpfulness has another tokenizer than", base)
 
 
 def test_a_command_does_not_replace_its_own_inputs(tmp_path, inputs, expect_error):
@@ -211,30 +199,38 @@ def test_a_command_does_not_replace_its_own_inputs(tmp_path, inputs, expect_erro
     assert data.read_bytes() == Path(inputs.prompts).read_bytes()
 
 
-def test_an_output_in_use_or_not_writable_is_one_line(tmp_path, inputs, expect_error, monkeypatch):
-    """An error of the lock stands in for another process, and for rights that root has."""
+def in_use(lock):
+    raise runs.Timeout(lock.lock_file)
+
+
+def read_only(lock):
+    raise PermissionError(13, "Permission denied", str(lock.lock_file))
+
+
+@pytest.mark.parametrize("acquire", [in_use, read_only])
+def test_an_output_in_use_or_not_writable_is_one_line(
+    tmp_path, inputs, expect_error, monkeypatch, acquire
+):
+    """An error of the lock stands in for another process, and for rights that root always has."""
     models = dict(chat=inputs.base, other=inputs.base, **EXACT)
     path = str(tmp_path / "p.jsonl")
-    commands = [
+    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+    for script, config in (
         (preferences, preferences.Settings(prompts=(inputs.prompts,), out=path, **models)),
         (corpus, corpus.Settings(data=(inputs.text,), out=str(tmp_path / "tokens"))),
         stage("sft", inputs, tmp_path / "sft"),
         stage("pretrain", inputs, tmp_path / "pretrain"),
-    ]
-    for script, config in commands:
-
-        def fail(lock):
-            raise error(lock)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(runs.FileLock, "acquire", fail)
-            error = lambda lock: runs.Timeout(lock.lock_file)  # noqa: E731
-            expect_error(script, config, config.out, "is in use by another process")
-            error = lambda lock: PermissionError(13, "Permission denied", lock.lock_file)  # noqa
+    ):
+        if acquire == in_use:
+            expect_error(script, config, f"{config.out} is in use by another process")
+        else:
             expect_error(script, config, Path(config.out).name, "Permission denied")
-        if script in (train_sft, train_pretrain):
-            in_a_file = replace(config, out=f"{inputs.text}/x")
-            expect_error(script, in_a_file, "stories.jsonl")
+
+
+def test_an_output_inside_a_file_is_one_line(tmp_path, inputs, expect_error):
+    for name in ("sft", "pretrain"):
+        script, config = stage(name, inputs, Path(inputs.text) / "x")
+        expect_error(script, config, "stories.jsonl")
 
 
 def out_of_memory(*_):
@@ -278,9 +274,6 @@ def test_a_closed_pipe_ends_a_run_without_a_traceback(tmp_path, inputs):
         (["complete", "BASE"], 'expected: complete FOLDER "text"'),
         (["complete", "BASE", "caf\udce9"], "surrogates not allowed"),
         (["complete", "BASE", "a", "--temperature", "nan"], "temperature=nan"),
-        (["complete", "BASE", "a", "--temperature", "1e-40"], "temperature=1e-40"),
-        (["complete", "BASE", "a", "--top-p", "2"], "top_p=2"),
-        (["complete", "BASE", "a", "--max-new-tokens", "-3"], "max_new_tokens=-3"),
         (["complete", "BASE", "word " * 300], "the context only 256"),
         (["chat", "SAFETY"], "holds a reward model, expected a language model"),
         (["chat", "BASE", "--reward", "BASE"], "holds a language model, expected a reward model"),
@@ -338,7 +331,9 @@ def test_a_chat_through_a_pipe_continues_after_bad_input(base, rm_folder, monkey
     assert output.count("/quit ends") == 2
     assert "the context of 256 tokens is full: the oldest" in output
     assert output.count("(reward ") == 27
-    assert "usage" in run_python("llama2.py", "--help")
+    with pytest.raises(SystemExit):
+        llama2.main(["--help"])
+    assert "usage" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------- README: own data

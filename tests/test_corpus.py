@@ -239,8 +239,8 @@ def test_time_to_find_personal_details_grows_linearly():
 
 
 def test_memory_does_not_grow_with_the_amount_of_text(tmp_path, town, tok, monkeypatch):
-    monkeypatch.setattr(corpus, "TOKENIZER_CHARS", 100_000)
-    monkeypatch.setattr(corpus, "BATCH_CHARS", 10_000)
+    monkeypatch.setattr(corpus, "TOKENIZER_CHARS", 50_000)
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 5_000)
 
     def peak(path):
         config = corpus.Settings(data=(str(path),))
@@ -253,6 +253,6 @@ def test_memory_does_not_grow_with_the_amount_of_text(tmp_path, town, tok, monke
         tracemalloc.stop()
         return highest
 
-    once = write_jsonl(tmp_path / "once.jsonl", town["stories"][:2000])
-    ten_times = write_jsonl(tmp_path / "ten.jsonl", town["stories"][:2000] * 10)
+    once = write_jsonl(tmp_path / "once.jsonl", town["stories"][:1000])
+    ten_times = write_jsonl(tmp_path / "ten.jsonl", town["stories"][:1000] * 10)
     assert peak(ten_times) < 1.3 * peak(once)

@@ -47,9 +47,7 @@ def test_blended_weights_are_a_weighted_mean_of_two_models():
     assert preferences.blended(chat, other, 0) is other
 
 
-def test_tinytown_s_annotator_labels_all_prompts_and_labels_are_reused(
-    tmp_path, inputs, town, monkeypatch, capsys
-):
+def test_tinytown_annotator_labels_each_prompt_once(tmp_path, inputs, town, monkeypatch, capsys):
     config = preference_settings(inputs, tmp_path / "v1.jsonl")
     preferences.main(config)
     labels, wanted = read(config.out), town["prompts-v1"][:24]

@@ -81,7 +81,7 @@ def test_reward_model_accuracy_and_separation_by_hand():
     assert result["recall 0.5"] == result["recall 0.15"] == 0.5
 
 
-def test_obedience_is_measured_in_a_dialogue_with_the_model_s_own_answers(
+def test_obedience_is_measured_in_dialogues_with_the_models_own_answers(
     tmp_path, base, monkeypatch, capsys
 ):
     """Only the first message has the instruction. Without room, answers count as disobeying."""
@@ -120,7 +120,9 @@ def test_scoreboard_gives_equal_models_equal_points(tmp_path, base, rm_folder, t
     _, tok = load(base)
     save(short, make_model(vocab_size=tok.vocab_size, max_seq_len=128), tok)
     folders, models = (str(short), str(base)), dict(against=str(base), rm=str(rm_folder))
-    config = scoreboard.Settings(folders, prompts=held_out, max_new_tokens=5, **models, **EXACT)
+    config = scoreboard.Settings(
+        folders=folders, prompts=held_out, max_new_tokens=5, **models, **EXACT
+    )
     row, same = scoreboard.main(config)["sampled"].values()
     assert row["points"] == same["points"]
     assert row["wins"] == row["wins by safety"] == 0.5
