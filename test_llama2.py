@@ -172,6 +172,16 @@ def test_left_padding_does_not_change_logits():
     assert (cached[:, 4:] - model(tokens)).abs().max() < 1e-4
 
 
+def test_cache_positions_and_mask_with_left_padding_by_hand():
+    """Logits alone cannot show a wrong start: rotary scores depend on distances only."""
+    cache = KVCache(ARGS, 2, 5, pad=torch.tensor([2, 0]))
+    cache.used = 2
+    positions, mask = cache.positions_and_mask(2)
+    assert positions.tolist() == [[0, 1], [2, 3]]
+    assert mask[0, 0].int().tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]]
+    assert mask[1, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
 def test_gqa_saves_kv_cache_memory_by_the_ratio_of_heads():
     cache = KVCache(ARGS, batch=3, length=10)
     assert kv_cache_bytes(ARGS, 3, 10, bytes_per_value=4) == (cache.k.numel() + cache.v.numel()) * 4

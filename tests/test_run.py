@@ -82,6 +82,19 @@ def test_a_damaged_file_of_a_run_is_an_error_with_its_name(tmp_path, name, conte
         runs.Run(tmp_path, replace(config, resume=True))
 
 
+def test_the_last_save_is_deleted_only_after_the_model_is_written(tmp_path, monkeypatch):
+    run = start_run(tmp_path)
+    (tmp_path / UNFINISHED).write_bytes(b"save")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runs, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.finish(None, None)
+    assert (tmp_path / UNFINISHED).read_bytes() == b"save"
+
+
 def test_a_fingerprint_depends_on_the_content_and_not_on_the_date(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"x" * 100)

@@ -320,7 +320,7 @@ from common.run import run_script
 from common.settings import parse_settings
 from common.training import print0
 from conftest import SCRIPTS
-from tests.test_training import fixed_answers
+from test_training import fixed_answers
 train_rlhf.generate = fixed_answers
 *commands, endless = open(sys.argv[1]).read().splitlines()
 for command in commands:
@@ -355,7 +355,7 @@ def two_processes(tmp_path_factory, inputs, answers_with_eos):
     (folder / "commands").write_text("\n".join(commands))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, folder / "script.py", folder / "commands"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, env=environment)
     output = ""
     for line in process.stdout:
