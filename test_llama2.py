@@ -571,17 +571,17 @@ def test_sft_batches_use_each_example_once_per_epoch(pack):
 
 def test_sft_mask_selects_exactly_the_answers_and_their_eos(tok):
     """inputs and targets are shifted by one, and the mask belongs to the targets."""
-    one, two = encode_examples(tok, dialog("one", "two"), dialog("a", "b c", "d", "e"))
-    inputs, targets, mask = train_sft.to_tensors([[two, one], [one]], "cpu")
+    short, long = encode_examples(tok, dialog("one", "two"), dialog("a", "b c", "d", "e"))
+    inputs, targets, mask = train_sft.to_tensors([[long, short], [short]], "cpu")
     assert torch.equal(inputs[0, 1:], targets[0, :-1])
 
     def answer_tokens(example):
         return [t for t, m in zip(example.tokens, example.mask) if m]
 
-    assert targets[0][mask[0]].tolist() == answer_tokens(two) + answer_tokens(one)
-    assert targets[1][mask[1]].tolist() == answer_tokens(one)
-    assert answer_tokens(one)[-1] == tok.eos_id
-    assert not mask[1, len(one.tokens) :].any()
+    assert targets[0][mask[0]].tolist() == answer_tokens(long) + answer_tokens(short)
+    assert targets[1][mask[1]].tolist() == answer_tokens(short)
+    assert answer_tokens(short)[-1] == tok.eos_id
+    assert not mask[1, len(short.tokens) :].any()
 
 
 def test_sft_loss_by_hand_and_without_gradient_on_prompts():
@@ -1135,10 +1135,10 @@ def test_sampled_dialog_gives_training_examples_of_several_lengths(tok):
     def examples(config):
         return ghost_attention.to_learn(tok, turns, "i", random.Random(1), config)
 
-    found = [record["messages"] for record in examples(config)]
-    assert found[-1] == whole
-    assert 1 < len(found) <= 4
-    for messages in found:
+    dialogs = [record["messages"] for record in examples(config)]
+    assert dialogs[-1] == whole
+    assert 1 < len(dialogs) <= 4
+    for messages in dialogs:
         start = whole[: len(messages)]
         assert [m["content"] for m in messages] == [m["content"] for m in start]
         assert [m["weight"] for m in messages[1::2]][-1] == 1

@@ -342,13 +342,13 @@ def two_processes(tmp_path_factory, inputs, answers_with_eos):
     folder, configs, commands = tmp_path_factory.mktemp("two"), {}, []
     for name in STAGES:
         changes = dict(mini_batch=8, iterations=3) if name == "ppo" else {}
-        script, one = stage(name, inputs, folder / name / "one", **changes)
-        two = replace(one, out=str(folder / name / "two"))
-        configs[name] = one, two
-        commands.append("\t".join([name, *options(two)]))
+        script, single = stage(name, inputs, folder / name / "one", **changes)
+        double = replace(single, out=str(folder / name / "two"))
+        configs[name] = single, double
+        commands.append("\t".join([name, *options(double)]))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_rlhf, "generate", fixed_answers)
-            script.main(one)
+            script.main(single)
     _, endless = stage("sft", inputs, folder / "endless", epochs=500)
     commands.append("\t".join(options(endless)))
     (folder / "script.py").write_text(TWO_PROCESSES)
@@ -370,16 +370,16 @@ def two_processes(tmp_path_factory, inputs, answers_with_eos):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_two_processes_train_like_one(two_processes, inputs, name):
-    one, two = two_processes[0][name]
-    logs = [read_log(model_folder(config)) for config in (one, two)]
+    single, double = two_processes[0][name]
+    logs = [read_log(model_folder(config)) for config in (single, double)]
     assert len(logs[0]) == len(logs[1]) > 0
     for a, b in zip(*logs):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], abs=3e-4), key
     # The change of the weights in training. A new reward model starts from a random head.
-    change = 1e-2 if name == "rm" else max_difference(weights(one.out), weights(inputs.base))
-    assert difference(one, two) <= change / 10
+    change = 1e-2 if name == "rm" else max_difference(weights(single.out), weights(inputs.base))
+    assert difference(single, double) <= change / 10
     # With fixed answers the reward never rises, so PPO keeps the policy from the start.
     assert (change > 0) is (name != "ppo")
 
