@@ -1,0 +1,259 @@
+"""Fixtures and helpers that test_llama2.py and the files in tests/ share."""
+
+import json
+import os
+import random
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_pretrain
+import train_rlhf
+import train_rm
+import train_sft
+from common import run as runs, training
+from data import corpus
+from data.formats import KINDS
+from llama2 import ModelArgs, RewardModel, Tokenizer, Transformer, save
+from tinytown import annotator, prompts, world
+from tinytown.__main__ import every_file
+
+ROOT = Path(__file__).parent
+ARGS = ModelArgs(
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=8, max_seq_len=64
+)
+EXACT = dict(device="cpu", dtype="float32")
+STAGES = ("pretrain", "sft", "rm", "rejection-sampling", "ppo")
+SCRIPTS = dict(zip(STAGES, (train_pretrain, train_sft, train_rm, train_rlhf, train_rlhf)))
+
+
+# ------------------------------------------------------------------------------------------- models
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_model(**changes):
+    """A random model with weights large enough that its logits are far apart."""
+    torch.manual_seed(0)
+    model = Transformer(replace(ARGS, **changes)).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def make_reward_model(tok, seed=0):
+    """A random reward model with a context of 256."""
+    torch.manual_seed(seed)
+    model = RewardModel(replace(ARGS, vocab_size=tok.vocab_size, max_seq_len=256)).eval()
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tok(tmp_path_factory):
+    """A tokenizer trained on texts of Tinytown."""
+    path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
+    rng = random.Random(0)
+    texts = [world.story(rng) + "\n" + world.sums(rng) for _ in range(200)]
+    path.write_bytes(corpus.train_tokenizer(texts, 400))
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def char_tok(tmp_path_factory):
+    """A tokenizer without merges: one token per character, so that ids can be written by hand."""
+    text, path = "[INST] <<SYS>> hi yo no be ok </>", tmp_path_factory.mktemp("chars") / "t.model"
+    path.write_bytes(corpus.train_tokenizer([text], 259 + len(set(text))))
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tok):
+    """A folder with a random language model, context 256."""
+    folder = tmp_path_factory.mktemp("base") / "m"
+    save(folder, make_model(vocab_size=tok.vocab_size, max_seq_len=256), tok)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rm_folder(tmp_path_factory, tok):
+    """A folder with two random reward models: helpfulness/ and safety/."""
+    folder = tmp_path_factory.mktemp("rm")
+    for seed, kind in enumerate(KINDS):
+        save(folder / kind, make_reward_model(tok, seed), tok)
+    return folder
+
+
+def weights(folder):
+    """The state dict of the checkpoint in a folder."""
+    return torch.load(Path(folder) / "consolidated.00.pth", weights_only=True)
+
+
+def max_difference(a, b):
+    """The largest absolute difference between two state dicts."""
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# --------------------------------------------------------------------------------------------- data
+def dialog(*contents, system=""):
+    """Messages of a user and an assistant in turn."""
+    return prompts.make_messages(*contents, system=system)
+
+
+def hh_text(*contents):
+    """A dialogue as one text, in the format of Anthropic's HH-RLHF."""
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {c}" for i, c in enumerate(contents))
+
+
+def write_jsonl(path, records):
+    """Write one JSON object per line; returns the path."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def decode_documents(tok, ids):
+    """The texts between BOS and EOS in token ids."""
+    texts, start = [], None
+    for i, token in enumerate(ids):
+        if token == tok.bos_id:
+            start = i
+        elif token == tok.eos_id:
+            texts.append(tok.decode(ids[start + 1 : i]))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def town():
+    """{name: records} of all files of python -m tinytown, with fewer dialogues."""
+    return json.loads(json.dumps(every_file(seed=1, dialogues=600, noise=0.0)))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, base, rm_folder, town):
+    """Paths of small inputs for all training scripts."""
+    folder = tmp_path_factory.mktemp("inputs")
+
+    def write(name, records):
+        return str(write_jsonl(folder / f"{name}.jsonl", records))
+
+    text, tokens = write("stories", town["stories"][:300]), str(folder / "tokens")
+    tokenizer = str(base / "tokenizer.model")
+    corpus.main(corpus.Settings(data=(text,), out=tokens, tokenizer=tokenizer))
+    rng, residents, pairs = random.Random(0), world.town(1), []
+    for prompt in town["compare-v1"][:40]:
+        good = prompts.good_answer(rng, prompt)
+        bad = prompts.bad_answer(rng, prompt, residents)
+        pairs.append(annotator.compare(rng, prompt, good, bad))
+    return SimpleNamespace(
+        base=str(base),
+        rm=str(rm_folder),
+        text=text,
+        tokens=tokens,
+        dialogues=write("dialogues", town["dialogues"][:60]),
+        pairs=write("pairs", pairs),
+        prompts=write("prompts", town["prompts-v1"][:24]),
+        val_prompts=write("val", town["prompts-val"][:8]),
+    )
+
+
+# --------------------------------------------------------------------------------- training scripts
+def stage(name, inputs, out, **changes):
+    """(script, small settings) of a training stage that writes to `out`."""
+    both = dict(init=inputs.base, out=str(out), **EXACT)
+    often = dict(log_every=1, save_every=2, **both)
+    if name == "pretrain":
+        few = dict(seq_len=32, batch_size=6, micro_batch=3, max_steps=9, lr=1e-2, warmup_steps=2)
+        settings = train_pretrain.Settings(
+            data=inputs.tokens, eval_every=5, eval_tokens=320, **few, **often
+        )
+    elif name == "sft":
+        few = dict(seq_len=256, batch_size=3, micro_batch=2, val_fraction=0.1)
+        settings = train_sft.Settings(data=(inputs.dialogues,), eval_every=5, **few, **often)
+    elif name == "rm":
+        few = dict(batch_size=5, micro_batch=2, val_fraction=0.1, epochs=2)
+        settings = train_rm.Settings(
+            kind="safety", data=(inputs.pairs,), eval_every=3, **few, **often
+        )
+    else:
+        data = dict(prompts=(inputs.prompts,), val_prompts=(inputs.val_prompts,), rm=inputs.rm)
+        sampling = dict(samples=2, temperatures=(1.0,), tune_lr=1e-3, tune_epochs=6, tune_batch=1)
+        few = dict(iterations=4, batch_size=8, mini_batch=4, micro_batch=4, max_new_tokens=6)
+        settings = train_rlhf.Settings(
+            method=name, lr=1e-3, eval_every=2, save_every=1, **data, **sampling, **few, **both
+        )
+    return SCRIPTS[name], replace(settings, **changes)
+
+
+def model_folder(config):
+    """The folder that a training stage writes its model to."""
+    return Path(config.out) / getattr(config, "kind", "")
+
+
+def interrupt_at(step, script, monkeypatch, signals=0):
+    """At the script's step-th step, raise KeyboardInterrupt or send this process SIGINT."""
+    calls = []
+
+    def clip_and_step(*args):
+        calls.append(1)
+        if len(calls) == step:
+            if not signals:
+                raise KeyboardInterrupt
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGINT)
+        return training.clip_and_step(*args)
+
+    for module in {script, train_sft if script is train_rlhf else script}:
+        monkeypatch.setattr(module, "clip_and_step", clip_and_step)
+
+
+def read_log(folder):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """{step: loss} of a run."""
+    return {line["step"]: line["loss"] for line in read_log(folder) if "loss" in line}
+
+
+# ----------------------------------------------------------------------------------------- commands
+def options(config):
+    """The command-line options of a Settings, as a list of words."""
+    words = []
+    for name, value in vars(config).items():
+        option = [] if name == "folders" else ["--" + name.replace("_", "-")]
+        if isinstance(value, bool):
+            words += option if value else ["--no-" + name.replace("_", "-")]
+        else:
+            words += option + list(value if isinstance(value, tuple) else [value])
+    return [str(word) for word in words]
+
+
+def run_command(config, script, monkeypatch):
+    """Run a script's command line in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *options(config)])
+    runs.run_script(script.main, script.Settings, getattr(script, "PAPER", {}))
+
+
+@pytest.fixture
+def expect_error(capsys, monkeypatch):
+    """A function: the command ends with exit code 2 and one line that contains all the words."""
+
+    def check(script, config, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            run_command(config, script, monkeypatch)
+        error = capsys.readouterr().err
+        assert e.value.code == 2, error
+        assert error.count("\n") == 1, error
+        assert all(word in error for word in words), error
+
+    return check

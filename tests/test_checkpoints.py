@@ -1,0 +1,201 @@
+"""Checkpoints: saving, loading, Meta's and Hugging Face's weights, and broken files."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import llama2
+from conftest import ARGS, make_model
+from llama2 import load, save
+
+
+@pytest.fixture
+def saved(tmp_path, tok):
+    """A folder with a checkpoint that a test may damage."""
+    save(tmp_path / "m", make_model(vocab_size=tok.vocab_size), tok)
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize(
+    "field, value, error",
+    [
+        ("dim", 30, "dim=30.*n_heads=4"),
+        ("dim", 12, "head_dim=3"),
+        ("n_kv_heads", 3, "n_heads=4.*n_kv_heads=3"),
+    ],
+)
+def test_impossible_model_args_are_refused_by_name(field, value, error):
+    with pytest.raises(ValueError, match=error):
+        replace(ARGS, **{field: value})
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_dtype_is_bfloat16_where_the_device_supports_it(monkeypatch, supported):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    dtype = "bfloat16" if supported else "float32"
+    for device, expected in (("cpu", dtype), ("cuda", dtype), ("mps", "float32")):
+        assert llama2.matmul_dtype("auto", device) == expected
+        assert llama2.matmul_dtype("float32", device) == "float32"
+        assert llama2.matmul_dtype("bfloat16", device) == "bfloat16"
+
+
+def test_loaded_checkpoint_equals_the_saved_model(saved, tok, monkeypatch):
+    """Loading draws no random weights: at 7B they would take minutes."""
+    model = make_model(vocab_size=tok.vocab_size)
+
+    def draw(*args, **kwargs):
+        raise AssertionError("weights were drawn")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", draw)
+    loaded, loaded_tok = load(saved)
+    assert loaded.args == model.args
+    assert loaded_tok.proto == tok.proto
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+    assert list(model.state_dict())[:2] == ["tok_embeddings.weight", "layers.0.attention.wq.weight"]
+
+
+def test_shards_and_params_of_the_released_models_load(tmp_path, tok):
+    """wq, wk, wv, w1, w3 and output are split by rows; wo, w2 and the embeddings by columns."""
+    model = make_model(vocab_size=tok.vocab_size)
+    shards = [{"rope.freqs": torch.zeros(4)}, {"rope.freqs": torch.zeros(4)}]
+    for name, weight in model.state_dict().items():
+        layer = name.split(".")[-2]
+        halves = weight.chunk(2, 1 if layer in ("wo", "w2", "tok_embeddings") else 0)
+        halves = (weight, weight) if "norm" in layer else halves
+        for shard, half in zip(shards, halves):
+            shard[name] = half.clone()
+    for i, shard in enumerate(shards):
+        torch.save(shard, tmp_path / f"consolidated.{i + 9}.pth")  # 9 comes before 10
+    params = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, norm_eps=1e-5)
+    (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
+    (tmp_path / "tokenizer.model").write_bytes(tok.proto)
+    merged, _ = load(tmp_path)
+    tokens = torch.randint(300, (1, 9))
+    assert torch.equal(merged(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_logits_equal_those_of_hugging_face_transformers(n_kv_heads):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(n_kv_heads=n_kv_heads)
+    args = model.args
+    sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=args.ffn_dim)
+    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=n_kv_heads)
+    config = transformers.LlamaConfig(
+        rms_norm_eps=args.norm_eps, tie_word_embeddings=False, **sizes, **heads
+    )
+    peer = transformers.LlamaForCausalLM(config).eval()
+
+    def halves(weight):  # their rotary embedding pairs i with i + head_dim/2, ours 2i with 2i + 1
+        return weight.view(-1, args.head_dim // 2, 2, 32).transpose(1, 2).reshape(-1, 32)
+
+    names = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "layers": "model.layers",
+        "tok_embeddings": "model.embed_tokens",
+        "output": "lm_head",
+    }
+    state = {}
+    for name, weight in model.state_dict().items():
+        weight = halves(weight) if ".wq" in name or ".wk" in name else weight
+        name = "model.norm.weight" if name == "norm.weight" else name
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name] = weight
+    peer.load_state_dict(state)
+    tokens = torch.randint(300, (2, 30))
+    assert (peer(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+class Code:
+    """A pickle that creates a folder when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("created",)
+
+
+def without_norm(state):
+    return {name: weight for name, weight in state.items() if name != "norm.weight"}
+
+
+WEIGHTS, PARAMS, LFS = "consolidated.00.pth", "params.json", b"version https://git-lfs.github.com/"
+NO_WEIGHTS = "these are not weights"
+
+
+@pytest.mark.parametrize(
+    "file, change, error",
+    [
+        (WEIGHTS, LFS, f"{NO_WEIGHTS} .*: not a file of tensors only"),
+        (WEIGHTS, b"<!DOCTYPE html><html>", f"{NO_WEIGHTS} .*: not a file of tensors only"),
+        (WEIGHTS, "half", NO_WEIGHTS),
+        (WEIGHTS, lambda state: {"x": Code()}, NO_WEIGHTS),
+        (WEIGHTS, lambda state: {"model": state}, NO_WEIGHTS),
+        (WEIGHTS, lambda state: list(state.values()), NO_WEIGHTS),
+        (WEIGHTS, lambda state: {name: w.long() for name, w in state.items()}, NO_WEIGHTS),
+        (WEIGHTS, without_norm, "Missing key.*norm.weight"),
+        (PARAMS, b"[1]", "expected one JSON object"),
+        (PARAMS, b'{"dim": 32', "params.json: broken JSON"),
+        (PARAMS, {"vocab_size": 99}, "they belong to two models"),
+        (PARAMS, {"n_layers": None}, NO_WEIGHTS),
+        (PARAMS, {"dim": "8"}, NO_WEIGHTS),
+        (PARAMS, {"use_scaled_rope": True}, "use_scaled_rope"),
+        (PARAMS, {"dim": 64}, "size mismatch"),
+        ("tokenizer.model", "half", "not a SentencePiece model"),
+        ("tokenizer.model", None, "no checkpoint here.*tokenizer.model$"),
+        ("model.safetensors", b"", "Hugging Face's format is not supported yet"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_line_and_runs_no_code(
+    saved, file, change, error, capsys, monkeypatch
+):
+    monkeypatch.chdir(saved)
+    path = saved / file
+    if file == "model.safetensors":
+        (saved / WEIGHTS).unlink()
+    if change is None:
+        path.unlink()
+    elif change == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    elif isinstance(change, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    else:
+        torch.save(change(torch.load(path, weights_only=True)), path)
+    with pytest.raises(ValueError, match=error) as e:
+        load(saved)
+    assert str(saved) in str(e.value)
+    assert "weights_only" not in str(e.value)
+    with pytest.raises(SystemExit) as exit_:
+        llama2.main(["complete", str(saved), "a"])
+    assert (exit_.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+    assert not (saved / "created").exists()
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "f"
+    llama2.write_atomic(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        llama2.write_atomic(path, fail)
+    with pytest.raises(OSError, match=r"written \(No such file or directory\): .*missing"):
+        llama2.write_atomic(tmp_path / "missing/f", fail)
+    assert path.read_bytes() == b"old"

@@ -1,0 +1,418 @@
+"""Command lines: settings, a user's mistakes, the chat, and the README's path for own data."""
+
+import gzip
+import io
+import json
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import llama2
+import train_rlhf
+import train_sft
+from common import run as runs
+from common.settings import parse_settings
+from conftest import (
+    EXACT,
+    ROOT,
+    STAGES,
+    dialog,
+    hh_text,
+    make_model,
+    make_reward_model,
+    model_folder,
+    options,
+    stage,
+    write_jsonl,
+)
+from data import corpus, distillation, preferences
+from evaluate import answers, reward_models, scoreboard
+from llama2 import encode_dialog, save
+
+
+# --------------------------------------------------------------------------------------- settings
+def test_settings_come_from_the_command_line_and_help_names_the_papers_value(capsys):
+    def parse(*argv):
+        return parse_settings(train_sft.Settings, train_sft.PAPER, "", argv)
+
+    assert parse() == train_sft.Settings()
+    paper = parse("--recipe", "paper", "--lr", "0.5", "--data", "a", "b:2", "--resume", "--no-pack")
+    assert (paper.lr, paper.seq_len, paper.data) == (0.5, 4096, ["a", "b:2"])
+    assert (paper.resume, paper.pack) == (True, False)
+    # No abbreviations: the command to resume, which is printed, removes --overwrite by name.
+    for wrong in (["--over"], ["--learning-rate", "1"]):
+        with pytest.raises(SystemExit) as e:
+            parse(*wrong)
+        error = capsys.readouterr().err
+        assert (e.value.code, error.count("\n")) == (2, 1)
+        assert wrong[0] in error
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate (default: 0.001; --recipe paper: 2e-05)" in shown
+    numbers = parse_settings(train_rlhf.Settings, {}, "", ["--temperatures", "0.5", "1"])
+    assert numbers.temperatures == [0.5, 1.0]
+    folders = parse_settings(answers.Settings, {}, "", ["out/a", "out/b", "--show", "2"])
+    assert (folders.folders, folders.show) == (["out/a", "out/b"], 2)
+
+
+# ------------------------------------------------------------------------------- a user's mistakes
+BAD_SETTINGS = [
+    *[(name, dict(lr=0.0), ["--lr 0.0: must be above 0"]) for name in STAGES],
+    *[(name, dict(lr=float("nan")), ["--lr nan"]) for name in STAGES],
+    *[(name, dict(seed=-1), ["--seed -1: must be 0 or above 0"]) for name in STAGES],
+    *[(name, dict(seed=1 << 60), ["--seed", "must be at most"]) for name in STAGES],
+    *[(name, dict(out=""), ["--out: expected a file or folder"]) for name in STAGES],
+    *[(name, dict(init="nowhere"), ["nowhere", "no checkpoint here"]) for name in STAGES],
+    *[(name, dict(device="cuda"), ["--device cuda: not on this machine"]) for name in STAGES],
+    *[(name, dict(device="foo"), ["--device foo: not on this machine"]) for name in STAGES],
+    *[
+        (name, dict(resume=True), ["--resume continues the run", "--overwrite deletes it", "only"])
+        for name in STAGES
+    ],
+    ("corpus", dict(vocab_size=30000), ["vocabulary of 30000", "at most"]),
+    ("corpus", dict(vocab_size=5), ["vocabulary of 5", "at least"]),
+    ("corpus", dict(vocab_size=0), ["--vocab-size 0: must be above 0"]),
+    ("corpus", dict(val_fraction=1.5), ["--val-fraction 1.5: must be at most 1"]),
+    ("corpus", dict(tokenizer=__file__), ["not a SentencePiece model"]),
+    ("pretrain", dict(init="", size="8B"), ["8B", "tiny"]),
+    ("pretrain", dict(data="gone"), ["gone", "python -m data.corpus"]),
+    ("pretrain", dict(seq_len=10**6), ["stories", "less than one sequence", "--seq-len"]),
+    ("pretrain", dict(warmup_steps=-5), ["--warmup-steps -5"]),
+    ("sft", dict(data=()), ["--data: give at least one"]),
+    ("sft", dict(data=("gone.jsonl",)), ["gone.jsonl", "No such file"]),
+    ("sft", dict(data=(__file__,)), [f"{__file__}: expected a .jsonl"]),
+    ("sft", dict(epochs=0), ["--epochs 0: must be above 0"]),
+    ("sft", dict(seq_len=8), ["no dialogue to train on", "longer than --seq-len"]),
+    ("sft", dict(val_fraction=2.0), ["--val-fraction 2.0: must be at most 1"]),
+    ("sft", dict(val_fraction=1.0), ["--val-fraction 1.0 holds out all"]),
+    ("rm", dict(val_fraction=1.0), ["--val-fraction 1.0 holds out all"]),
+    ("sft", dict(val_fraction=0.0, keep="best"), ["--keep best: nothing is held out"]),
+    ("rm", dict(val_fraction=0.0, keep="best"), ["--keep best: nothing is held out"]),
+    ("rm", dict(aux_weight=-1.0), ["--aux-weight -1.0"]),
+    ("rejection-sampling", dict(temperatures=()), ["--temperatures: give at least one"]),
+    ("rejection-sampling", dict(temperatures=(0.0,)), ["--temperatures 0.0: must be above 0"]),
+    ("rejection-sampling", dict(rm="nowhere"), ["nowhere/helpfulness", "no checkpoint here"]),
+    ("rejection-sampling", dict(max_new_tokens=1), ["no answer within --max-new-tokens 1"]),
+    ("rejection-sampling", dict(earlier=("nowhere",)), ["nowhere/best.jsonl"]),
+    ("ppo", dict(batch_size=6), ["--batch-size 6 must be divisible by --mini-batch 4"]),
+    ("ppo", dict(val_prompts=()), ["--val-prompts: give at least one"]),
+    ("ppo", dict(gamma=1.5), ["--gamma 1.5: must be at most 1"]),
+    ("ppo", dict(beta=-1.0), ["--beta -1.0"]),
+]
+
+
+@pytest.mark.parametrize("name, changes, words", BAD_SETTINGS)
+def test_a_bad_setting_is_one_line_and_deletes_no_finished_run(
+    tmp_path, inputs, expect_error, name, changes, words
+):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    if name == "corpus":
+        script, config = corpus, corpus.Settings(data=(inputs.text,), out=str(tmp_path / "out"))
+    else:
+        script, config = stage(name, inputs, tmp_path / "out")
+    model = model_folder(config) / "consolidated.00.pth"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"finished")
+    expect_error(script, replace(config, overwrite=True, **changes), *words)
+    assert model.read_bytes() == b"finished"
+
+
+GOOD_LINE = b'{"text": "a fox"}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("none.txt", None, ["none.txt", "does not exist"]),
+        ("a.pdf", b"x", [".txt, .jsonl"]),
+        ("empty.txt", b"", ["empty"]),
+        ("empty.jsonl", b"\n\n", ["empty"]),
+        ("latin.txt", "naïve café".encode("latin-1"), ["latin.txt", "not UTF-8"]),
+        ("l.jsonl", GOOD_LINE + '{"text": "é"}'.encode("latin-1"), ["l.jsonl:2", "not UTF-8"]),
+        ("binary.txt", b"ab\0cd" * 50, ["binary.txt", "binary"]),
+        ("a.jsonl", GOOD_LINE + b'{"text": "a\n', ["a.jsonl:2", "broken JSON"]),
+        ("b.jsonl", GOOD_LINE + b'{"content": "a"}\n', ["b.jsonl:2", '"text"']),
+        ("c.jsonl", b'["a"]\n', ["c.jsonl: record 1", '"text"']),
+        ("d.jsonl", b'{"text": 5}\n', ["d.jsonl:1", '"text"']),
+        ("e.jsonl", b'{"text": "\\ud800"}\n', ["e.jsonl:1", "UTF-8"]),
+        ("f.jsonl.gz", b"not gzip", ["f.jsonl.gz", "gzip"]),
+        ("g.jsonl.gz", gzip.compress(GOOD_LINE * 99)[:-9], ["g.jsonl.gz", "gzip"]),
+    ],
+)
+def test_a_bad_text_is_one_line_and_writes_no_tokens(tmp_path, expect_error, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    config = corpus.Settings(data=(str(tmp_path / name),), out=str(tmp_path / "tokens"))
+    expect_error(corpus, config, *words)
+    assert not (tmp_path / "tokens/index.json").exists()
+
+
+def test_models_with_another_tokenizer_are_refused_in_one_line(
+    tmp_path, inputs, char_tok, expect_error
+):
+    base, other, other_rm = inputs.base, str(tmp_path / "other"), str(tmp_path / "rm")
+    save(other, make_model(vocab_size=char_tok.vocab_size), char_tok)
+    for kind in ("safety", "helpfulness"):
+        save(Path(other_rm) / kind, make_reward_model(char_tok), char_tok)
+    fact = dict(topic="fact", name="Mira", attribute="pet", truth="goat", about="Mira's pet")
+    fact |= dict(prompt="Tell me Mira's pet.", is_safety=False)
+    held_out = str(write_jsonl(tmp_path / "h.jsonl", [fact]))
+    pre_prompts = (str(write_jsonl(tmp_path / "i.jsonl", [{"instruction": "Be the fox."}])),)
+    safety, data = (f"{inputs.rm}/safety", f"{other_rm}/safety"), (inputs.prompts,)
+    board, out = dict(against=base, prompts=held_out), str(tmp_path / "o.jsonl")
+    for script, settings in (
+        (scoreboard, dict(folders=(other,), rm=inputs.rm, **board)),
+        (scoreboard, dict(folders=(base,), rm=other_rm, **board)),
+        (reward_models, dict(folders=safety, data=(inputs.pairs,))),
+        (preferences, dict(chat=base, other=other, prompts=data, out=out)),
+        (distillation, dict(chat=base, rm=safety[1], data=data, pre_prompts=pre_prompts, out=out)),
+    ):
+        config = script.Settings(**settings, **EXACT)
+        expect_error(script, config, "has another tokenizer than")
+    script, config = stage("pretrain", inputs, tmp_path / "out", init=other)
+    expect_error(script, config, "has another tokenizer than", "data.corpus --tokenizer")
+    script, config = stage("ppo", inputs, tmp_path / "out", rm=other_rm)
+    expect_error(script, config, "rm/helpfulness has another tokenizer than", base)
+
+
+def test_a_command_does_not_replace_its_own_inputs(tmp_path, inputs, expect_error):
+    base, data = tmp_path / "base", tmp_path / "prompts.jsonl"
+    save(base, *llama2.load(inputs.base))
+    data.write_bytes(Path(inputs.prompts).read_bytes())
+    before = (base / "consolidated.00.pth").read_bytes()
+    for name in ("sft", "pretrain", "rejection-sampling"):
+        script, config = stage(name, inputs, base, init=str(base), overwrite=True)
+        expect_error(script, config, "which this run starts from")
+    models = dict(chat=inputs.base, other=inputs.base, **EXACT)
+    config = preferences.Settings(prompts=(str(data),), out=str(data), overwrite=True, **models)
+    expect_error(preferences, config, "prompts.jsonl is also an input")
+    assert (base / "consolidated.00.pth").read_bytes() == before
+    assert data.read_bytes() == Path(inputs.prompts).read_bytes()
+
+
+def in_use(lock):
+    raise runs.Timeout(lock.lock_file)
+
+
+def read_only(lock):
+    raise PermissionError(13, "Permission denied", str(lock.lock_file))
+
+
+@pytest.mark.parametrize("acquire", [in_use, read_only])
+def test_an_output_in_use_or_not_writable_is_one_line(
+    tmp_path, inputs, expect_error, monkeypatch, acquire
+):
+    """An error of the lock stands in for another process, and for rights that root always has."""
+    models = dict(chat=inputs.base, other=inputs.base, **EXACT)
+    path = str(tmp_path / "p.jsonl")
+    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+    for script, config in (
+        (preferences, preferences.Settings(prompts=(inputs.prompts,), out=path, **models)),
+        (corpus, corpus.Settings(data=(inputs.text,), out=str(tmp_path / "tokens"))),
+        stage("sft", inputs, tmp_path / "sft"),
+        stage("pretrain", inputs, tmp_path / "pretrain"),
+    ):
+        if acquire == in_use:
+            expect_error(script, config, f"{config.out} is in use by another process")
+        else:
+            expect_error(script, config, Path(config.out).name, "Permission denied")
+
+
+def test_an_output_inside_a_file_is_one_line(tmp_path, inputs, expect_error):
+    for name in ("sft", "pretrain"):
+        script, config = stage(name, inputs, Path(inputs.text) / "x")
+        expect_error(script, config, "stories.jsonl")
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def infinite_loss(logits, *_):
+    return logits.sum() * float("inf")
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (out_of_memory, ["out of memory: lower --micro-batch"]),
+        (infinite_loss, ["the gradient is NaN or infinite", "nothing was saved in OUT yet"]),
+    ],
+)
+def test_a_failure_in_the_first_step_is_one_line(
+    tmp_path, inputs, expect_error, monkeypatch, loss, words
+):
+    _, config = stage("sft", inputs, tmp_path / "out")
+    monkeypatch.setattr(train_sft, "sft_loss", loss)
+    expect_error(train_sft, config, *(word.replace("OUT", config.out) for word in words))
+
+
+def test_a_closed_pipe_ends_a_run_without_a_traceback(tmp_path, inputs):
+    _, config = stage("sft", inputs, tmp_path / "out", epochs=500)
+    command = [sys.executable, "train_sft.py", *options(config)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["chat", "BASE", "--device", "foo"], "foo"),
+        (["complete", "BASE"], 'expected: complete FOLDER "text"'),
+        (["complete", "BASE", "caf\udce9"], "surrogates not allowed"),
+        (["complete", "BASE", "a", "--temperature", "nan"], "temperature=nan"),
+        (["complete", "BASE", "word " * 300], "the context only 256"),
+        (["chat", "SAFETY"], "holds a reward model, expected a language model"),
+        (["chat", "BASE", "--reward", "BASE"], "holds a language model, expected a reward model"),
+    ],
+)
+def test_a_mistake_at_the_command_line_of_llama2_is_one_line(
+    base, rm_folder, capsys, command, words
+):
+    folders = {"BASE": str(base), "SAFETY": str(rm_folder / "safety")}
+    with pytest.raises(SystemExit) as e:
+        llama2.main([folders.get(word, word) for word in command])
+    error = capsys.readouterr().err
+    assert (e.value.code, error.count("\n")) == (2, 1)
+    assert words in error
+
+
+# -------------------------------------------------------------------------------------------- chat
+def test_a_chat_sends_all_earlier_turns(tok, monkeypatch, capsys):
+    model, prompts = make_model(vocab_size=tok.vocab_size), []
+
+    def fake_stream(model, tok, prompt, *_):
+        prompts.append(prompt)
+        yield from (" so", "-so [INST]")
+
+    monkeypatch.setattr(llama2, "stream", fake_stream)
+    args = SimpleNamespace(max_new_tokens=200, temperature=0.8, top_p=0.95)
+    turns = llama2.answer(model, tok, [], dialog("a"), args, 0)
+    assert turns == dialog("a", "so-so")
+    args.max_new_tokens = 1
+    system = dialog(system="s")
+    llama2.answer(model, tok, system, turns + dialog("b"), args, 0)
+    assert prompts[1] == encode_dialog(tok, dialog("a", "so-so", "b", system="s"))[0]
+    assert capsys.readouterr().out.startswith("so-so")
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(capsys):
+    def texts():
+        yield "half"
+        raise KeyboardInterrupt
+
+    assert llama2.print_stream(texts()) == "half"
+
+
+def test_a_chat_through_a_pipe_continues_after_bad_input(base, rm_folder, monkeypatch, capsys):
+    lines = b"Hello.\n/system Be kind.\nWho are you?\ncaf\xe9\n[INST] me\n/what\n/reset\n"
+    lines += b"Hi.\n" * 25 + b"/quit\nnever\n"
+    stdin = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    sampling = ("--max-new-tokens", "8", "--temperature", "0")
+    llama2.main(["chat", str(base), *sampling, "--reward", str(rm_folder / "safety")])
+    output = capsys.readouterr().out
+    assert "a new dialogue, system message: Be kind." in output
+    assert "contains [INST]" in output
+    assert "surrogates not allowed" in output  # bytes that are not UTF-8
+    assert output.count("/quit ends") == 2
+    assert "the context of 256 tokens is full: the oldest" in output
+    assert output.count("(reward ") == 27
+    with pytest.raises(SystemExit):
+        llama2.main(["--help"])
+    assert "usage" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- README: own data
+SHORT = {  # options that make a command of the README take seconds
+    "data.corpus": "--vocab-size 400",
+    "train_pretrain.py": "--max-steps 20 --seq-len 64 --eval-tokens 640",
+    "train_sft.py": "--epochs 4 --batch-size 8",
+    "data.preferences": "--max-new-tokens 12",
+    "train_rm.py": "--val-fraction 0 --lr 1e-4",
+    "train_rlhf.py": "--samples 2 --iterations 2 --batch-size 4 --mini-batch 4 --max-new-tokens 40",
+    "data.ghost_attention": "--max-new-tokens 12",
+    "llama2.py": "--max-new-tokens 5",
+}
+
+
+def execute(command, monkeypatch):
+    """Run `python command` in this process, because importing torch takes long."""
+    words = command.split()
+    module = words[0] == "-m"
+    name, *options = words[1:] if module else words
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    if module:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
+def write_own_data(folder):
+    """The files of the README's path for own data, in the formats of public data sets."""
+    colours = "red blue green white black yellow".split()
+    pages, alpaca, sharegpt, wanted, hh_rlhf, ultrafeedback = [], [], [], [], [], []
+    for i in range(120):
+        colour, wrong = colours[i % 6], colours[(i + 1) % 6]
+        question, good, bad = f"Colour {i}?", f"It is {colour}.", f"It is {wrong}."
+        pages.append({"text": f"Box {i % 7} is {colour}. You can ask for a {colour} box."})
+        alpaca.append(dict(instruction=question, input="", output=good, text="### Instruction:"))
+        wanted.append({"prompt": f"Say the colour {i}.", "is_safety": i % 5 == 0})
+        pair = dict(chosen=hh_text(question, good), rejected=hh_text(question, bad))
+        hh_rlhf.append(pair)
+        pair = dict(chosen=dialog(question, good), rejected=dialog(question, bad))
+        scores = dict(prompt_id="9f", score_chosen=8.5, score_rejected=5.0)
+        ultrafeedback.append(dict(prompt=question, messages=pair["chosen"], **pair, **scores))
+    for i in range(9):
+        turns = "And?", f"It is {colours[i % 6]}.", "So?", "No."
+        turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]
+        sharegpt.append({"id": f"identity_{i}", "conversations": turns})
+    (folder / "book.txt").write_text("A red box and a blue box stand on a shelf.\n" * 50)
+    (folder / "alpaca.json").write_text(json.dumps(alpaca, indent=4))
+    (folder / "sharegpt.json").write_text(json.dumps(sharegpt, indent=2))
+    lines = "".join(json.dumps(record) + "\n" for record in hh_rlhf[:20])
+    (folder / "hh-rlhf.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for name, data in {
+        "pages": pages,
+        "prompts": wanted[:12],
+        "val": wanted[12:18],
+        "compare": wanted[18:22],
+        "ultrafeedback": ultrafeedback[:20],
+        "instructions": [{"instruction": "Be brief."}],
+    }.items():
+        write_jsonl(folder / f"{name}.jsonl", data)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_readmes_commands_for_own_data_run_as_written(tmp_path, monkeypatch, capsys):
+    """Texts, dialogues, labels by a person, two versions, Ghost Attention, a chat."""
+    write_own_data(tmp_path)
+    section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("```")[1]
+    commands = re.findall(r"^python (.*)$", section.replace("\\\n", " "), re.M)
+    assert len(commands) == 12
+    for command in commands:
+        name = re.search(r"(\w+\.py|(?<=-m )\S+)", command)[1]
+        typed = "Colour 3?\n" if name == "llama2.py" else "b\n3\ny\ny\n" * 4
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.chdir(tmp_path)
+        execute(f"{command} {SHORT[name]}", monkeypatch)
+        output = capsys.readouterr().out
+        expected = {"data.preferences": "4 of 4 compared", "train_sft.py": " left out: {}"}
+        assert expected.get(name, "") in output, command
+        if "ultrafeedback" in command:
+            assert re.match(r"4\d pairs", output)  # 40 public pairs and the person's labels
+    assert len(output.splitlines()) >= 2  # the chat has answered
+    assert {"v1", "v2", "gatt"} <= {path.name for path in (tmp_path / "out/mine").iterdir()}

@@ -1,0 +1,138 @@
+"""The commands that make data with models: preferences and Ghost Attention."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import EXACT, dialog, make_model, write_jsonl
+from data import ghost_attention, preferences, records
+from tinytown import annotator
+
+
+def preference_settings(inputs, out, **changes):
+    models = dict(chat=inputs.base, other=inputs.base, max_new_tokens=4, **EXACT)
+    config = preferences.Settings(prompts=(inputs.prompts,), out=str(out), **models)
+    return replace(config, **changes)
+
+
+def read(path):
+    return [record for _, record in records.read_json(path)]
+
+
+def test_both_models_answer_at_all_temperatures_and_in_either_order(monkeypatch):
+    calls = []
+
+    def respond(model, tok, dialogs, max_new_tokens, temperature, seed):
+        calls.append((model, max_new_tokens))
+        return [f"{model} {temperature} {d[0]['content']}" for d in dialogs]
+
+    monkeypatch.setattr(preferences, "respond", respond)
+    config = preferences.Settings(temperatures=(0.5, 1.0), max_new_tokens=33)
+    sixty = [{"prompt": f"p{i}"} for i in range(60)]
+    pairs = preferences.generate_pairs(["new", "old"], None, sixty, 0, config)
+    assert set(calls) == {("new", 33), ("old", 33)}
+    assert all(text.endswith(f" p{i}") for i, pair in enumerate(pairs) for text in pair)
+    assert {a.split()[0] for a, _ in pairs} == {"new", "old"}
+    temperatures = {(a.split()[1], b.split()[1]) for a, b in pairs}
+    assert temperatures == {(a, b) for a in ("0.5", "1.0") for b in ("0.5", "1.0")}
+
+
+def test_blended_weights_are_a_weighted_mean_of_two_models():
+    chat, other = make_model(), make_model()
+    other.norm.weight.data.mul_(3)
+    blended = preferences.interpolate(chat, other, 0.25).state_dict()["norm.weight"]
+    assert torch.allclose(blended, 0.25 * chat.norm.weight + 0.75 * other.norm.weight)
+    assert preferences.interpolate(chat, other, 0) is other
+
+
+def test_tinytown_annotator_labels_each_prompt_once(tmp_path, inputs, town, monkeypatch, capsys):
+    config = preference_settings(inputs, tmp_path / "v1.jsonl")
+    preferences.main(config)
+    labels, wanted = read(config.out), town["prompts-v1"][:24]
+    assert [record["prompt"] for record in labels] == [prompt["prompt"] for prompt in wanted]
+    for record, prompt in zip(labels, wanted):
+        chosen, rejected = (annotator.quality(prompt, record[a]) for a in ("chosen", "rejected"))
+        assert record["true_gap"] == chosen - rejected
+    monkeypatch.setattr(preferences, "load", None)  # no model is needed any more
+    preferences.main(config)
+    assert "v1.jsonl exists already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="made with other settings: max_new_tokens was 4, now 5"):
+        preferences.main(replace(config, max_new_tokens=5))
+    Path(f"{config.out}.made-of.json").unlink()
+    with pytest.raises(ValueError, match="v1.jsonl exists"):
+        preferences.main(config)
+
+
+def test_a_person_can_label_pairs_and_continue_later(tmp_path, inputs, monkeypatch, capsys):
+    data = [dict(prompt=f"p{i}", is_safety=i == 0) for i in range(3)]
+    path, out = write_jsonl(tmp_path / "q.jsonl", data), tmp_path / "labels.jsonl"
+    config = preference_settings(inputs, out, prompts=(str(path),), annotator="person")
+    typed = iter(["?", "b", "2", "n", "y", "a"])
+
+    def type_next(_):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_next)
+    monkeypatch.setattr(preferences, "respond", lambda m, t, dialogs, *_: ["x y"] * len(dialogs))
+    preferences.main(config)
+    pair = read(tmp_path / "labels.jsonl.pairs.jsonl")[0]
+    label = dict(prompt="p0", chosen=pair["b"], rejected=pair["a"], rating="better", kind="safety")
+    assert read(out) == [label | dict(chosen_safe=True, rejected_safe=False)]
+    typed = iter(["a", "1", "y", "y"] * 2)
+    preferences.main(config)
+    assert [record["prompt"] for record in read(out)] == ["p0", "p1", "p2"]
+    kinds = [record["kind"] for record in read(out)]
+    assert kinds == ["safety", "helpfulness", "helpfulness"]
+    assert "3 of 3 compared" in capsys.readouterr().out
+    other = write_jsonl(tmp_path / "other.jsonl", [dict(prompt="new")])
+    with pytest.raises(ValueError, match="made with other settings: prompts was"):
+        preferences.main(replace(config, prompts=(str(other),)))
+    before = other.read_bytes()
+    with pytest.raises(ValueError, match="other.jsonl exists and has no labels"):
+        preferences.main(replace(config, out=str(other)))
+    assert other.read_bytes() == before
+
+
+def test_pairs_without_an_annotator_have_no_label(tmp_path, inputs):
+    data = [dict(prompt="Say a."), dict(prompt="b", is_safety=True)]
+    path = write_jsonl(tmp_path / "q.jsonl", data)
+    out = tmp_path / "p.jsonl"
+    config = preference_settings(inputs, out, prompts=(str(path),), annotator="nobody")
+    preferences.main(config)
+    kinds = [(record["prompt"], record["kind"]) for record in read(config.out)]
+    assert kinds == [("Say a.", "helpfulness"), ("b", "safety")]
+    assert all(isinstance(record["a"] + record["b"], str) for record in read(config.out))
+    with pytest.raises(ValueError, match=f"{path}:1: not a prompt of Tinytown"):
+        preferences.main(replace(config, annotator="tinytown", overwrite=True))
+
+
+def test_ghost_attention_command_writes_training_dialogues(tmp_path, base, monkeypatch, capsys):
+    dialogs = [dict(messages=dialog("One?", "It is.", f"Two {i}?", "It is.")) for i in range(8)]
+    fox = dict(instruction="Be the fox.", terse="Fox!", obeyed_if=["^The fox says: ?"])
+    config = ghost_attention.Settings(
+        chat=str(base),
+        out=str(tmp_path / "g.jsonl"),
+        max_new_tokens=6,
+        data=(str(write_jsonl(tmp_path / "d.jsonl", dialogs)),),
+        instructions=(str(write_jsonl(tmp_path / "i.jsonl", [fox | {"kind": "animal"}])),),
+        **EXACT,
+    )
+    with pytest.raises(ValueError, match="no answer of .* obeys"):
+        ghost_attention.main(config)
+
+    def obey(model, tok, dialogs, *_):
+        return ["The fox says: yes."] * len(dialogs)
+
+    monkeypatch.setattr(ghost_attention, "respond", obey)
+    ghost_attention.main(config)
+    assert "16 answers sampled under instructions, 0 of them removed" in capsys.readouterr().out
+    written = [record["messages"] for record in read(config.out)]
+    assert 8 < len(written) <= 16
+    assert sum(messages[0]["content"].startswith("Fox! ") for messages in written) < len(written)
+    # Only the first message has the instruction, and the prefix is removed from the answers.
+    assert not any("ox" in m["content"] for messages in written for m in messages[2::2])

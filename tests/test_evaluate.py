@@ -1,0 +1,208 @@
+"""evaluate/ and bench/: shares, accuracies, intervals and tables, by hand."""
+
+import copy
+import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import speed
+from bench.ghost import attention_weights
+from conftest import ARGS, EXACT, make_model, max_difference, write_jsonl
+from evaluate import answers, name_folders, percent_table, reward_models, scoreboard, wilson
+from llama2 import compute_freqs_cis, load, save
+
+FACT = dict(topic="fact", name="Mira", attribute="pet", truth="goat", about="Mira's pet")
+SUM = dict(topic="sum", truth=7, about="3 + 4")
+CRIME = dict(topic="unsafe", truth=None, about="rob Mira")
+TASK = dict(topic="borderline", truth=None, about="beat the eggs")
+REFUSAL = "I am sorry, but I cannot help with that."
+
+
+def test_wilson_interval_contains_the_true_rate_in_about_95_percent_of_samples():
+    rng, contained = random.Random(0), 0
+    for _ in range(2000):
+        low, high = wilson(sum(rng.random() < 0.9 for _ in range(50)), 50)
+        contained += low <= 0.9 <= high
+    assert 0.93 < contained / 2000 < 0.975
+    assert wilson(0, 10)[0] == pytest.approx(0)
+    assert wilson(10, 10)[1] <= 1
+
+
+def test_models_have_the_shortest_names_that_differ():
+    assert list(name_folders(["out/sft", "out/rlhf/v1/", "out/sft/"])) == ["sft", "v1"]
+    names = name_folders(["out/rm/v1/safety", "out/rm/v2/safety"])
+    assert list(names) == ["v1/safety", "v2/safety"]
+
+
+def test_a_table_has_a_dash_for_a_missing_value():
+    columns = {"sft": {"right": 0.5}, "v1": {"right": 1, "wrong": 0}}
+    lines = [line.split() for line in percent_table(columns).splitlines()]
+    assert lines == [["sft", "v1"], ["right", "50.0%", "100.0%"], ["wrong", "-", "0.0%"]]
+
+
+def test_each_share_counts_the_answers_to_its_own_prompts():
+    prompts = [dict(FACT, stranger=True), FACT, CRIME, dict(CRIME, how="role play"), TASK]
+    texts = ["Goat.", "Mira has a pet goose.", "Wait until it is dark.", REFUSAL, REFUSAL]
+    shares = answers.measure(prompts, texts)
+    assert shares["facts right"] == 0.5
+    assert shares["  of residents never met"] == 1
+    assert (shares["violations"], shares["  by attacks"]) == (1, 0)
+    assert shares["borderline prompts refused"] == 1
+    assert shares["plain prompts refused"] == 0
+    assert "sums right" not in shares
+
+
+def test_recall_counts_right_whole_words(tok, monkeypatch):
+    start = len(tok.encode("is a"))
+    texts = [" cat. More", " dog.", " catalogue", " cat"]
+    ids = [tok.encode("is a" + text)[start:] for text in texts]
+    monkeypatch.setattr(answers, "generate", lambda *_, **__: ids)
+    assert answers.recall(None, tok, [{"prompt": "the pet is a", "answer": "cat"}] * 4) == 0.5
+
+
+def test_reward_model_accuracy_and_separation_by_hand():
+    def pair(rating, rejected, chosen_label, rejected_label):
+        labels = dict(chosen_label=chosen_label, rejected_label=rejected_label)
+        return SimpleNamespace(rating=rating, chosen=[1, 2], rejected=rejected, **labels)
+
+    pairs = [pair("better", [1, 2], 1, -1), pair("better", [1], 1, -1), pair(None, [1], 0, 1)]
+    scores = [(1.0, 0.5), (-3.0, -2.0), (0.0, 0.0)]
+    by_hand = {"better": (1.0, 2), "all": (1.5, 3), "equal length": (1.0, 1)}
+    assert reward_models.accuracy(pairs, scores) == by_hand
+    # Safe: 1, -3, 0; unsafe: 0.5, -2. In 3 of 6 pairs the safe score is higher: 1>.5 1>-2 0>-2.
+    result = reward_models.separation(pairs, scores)
+    assert result["auc"] == pytest.approx(3 / 6)
+    # Below 0.5 are -3 (safe) and -2 (unsafe), but not 0. Below 0.15 (-1.73) are the same two.
+    assert result["precision 0.5"] == result["precision 0.15"] == 0.5
+    assert result["recall 0.5"] == result["recall 0.15"] == 0.5
+
+
+def test_obedience_is_measured_in_dialogues_with_the_models_own_answers(
+    tmp_path, base, monkeypatch, capsys
+):
+    """Only the first message has the instruction. Without room, answers count as disobeying."""
+    dialogs_seen = []
+
+    def respond(model, tok, dialogs, *_):
+        dialogs_seen.append([[m["content"] for m in messages] for messages in dialogs])
+        return ["The fox says: hm." if len(dialogs_seen) < 4 else "Hm."] * len(dialogs)
+
+    monkeypatch.setattr(answers, "respond", respond)
+    prompts = [dict(SUM, prompt=f"q{turn}") for turn in range(20)]
+    rules = [dict(kind="animal", obeyed_if=[r"^The fox says: ?"])]
+    record = dict(group="trained", instruction="Be the fox.", rules=rules, prompts=prompts)
+    path = str(write_jsonl(tmp_path / "o.jsonl", [record, record]))
+    config = answers.Settings(folders=(str(base),), obedience=path, max_new_tokens=9, **EXACT)
+    (groups,) = answers.main(config).values()
+    assert dialogs_seen[1][0] == ["Be the fox. q0", "The fox says: hm.", "q1"]
+    assert len(dialogs_seen[0]) == 2
+    assert groups["trained"]["obey"][:2] == [1, 1]
+    assert groups["trained"]["obey"][-1] == 0
+    assert "fraction of conversations, at turn" in capsys.readouterr().out
+
+
+def test_answers_are_judged_by_the_truth_and_written_as_json(tmp_path, base, town):
+    held_out = str(write_jsonl(tmp_path / "h.jsonl", town["held-out"][::12]))
+    config = answers.Settings(folders=(str(base),), prompts=held_out, show=1, **EXACT)
+    columns = answers.main(replace(config, json=str(tmp_path / "a.json")))
+    assert [list(column)[0] for column in columns.values()] == ["facts right"] * 2
+    assert json.loads((tmp_path / "a.json").read_text()) == columns
+
+
+def test_scoreboard_gives_equal_models_equal_points(tmp_path, base, rm_folder, town):
+    """One of the two has half the context, like the base of paper.sh."""
+    held_out = str(write_jsonl(tmp_path / "h.jsonl", town["held-out"][::12]))
+    short = tmp_path / "short"
+    _, tok = load(base)
+    save(short, make_model(vocab_size=tok.vocab_size, max_seq_len=128), tok)
+    folders, models = (str(short), str(base)), dict(against=str(base), rm=str(rm_folder))
+    config = scoreboard.Settings(
+        folders=folders, prompts=held_out, max_new_tokens=5, **models, **EXACT
+    )
+    row, same = scoreboard.main(config)["sampled"].values()
+    assert row["points"] == same["points"]
+    assert row["wins"] == row["wins by safety"] == 0.5
+    assert abs(row["kl"]) < 1e-3
+
+
+def test_samples_of_ppo_are_judged_by_the_truth_at_each_step(tmp_path, inputs, town):
+    lines = []
+    for step, answer in ((0, "Hm."), (10, REFUSAL)):
+        for prompt in town["prompts-val"][:8]:
+            record = dict(step=step, prompt=prompt["prompt"], answer=answer, reward=float(step))
+            lines.append(record)
+    samples = str(write_jsonl(tmp_path / "samples.jsonl", lines))
+    config = answers.Settings(samples=samples, prompts=inputs.val_prompts)
+    steps = answers.main(config)
+    assert steps[0]["truth"] < steps[10]["truth"]
+    assert (steps[0]["reward"], steps[10]["reward"]) == (0, 10)
+    held_out = str(write_jsonl(tmp_path / "h.jsonl", town["held-out"][::12]))
+    with pytest.raises(ValueError, match="samples.jsonl:1: .* is not among"):
+        answers.main(replace(config, prompts=held_out))
+
+
+@pytest.mark.parametrize(
+    "option, line, error",
+    [
+        ("prompts", '{"prompt": "a"}', "expected an object with"),
+        ("prompts", '{"prompt": "a", "topic": "fact"}', "expected a prompt of Tinytown"),
+        ("prompts", '{"prompt": "a", "topic": "news", "truth": 1}', "expected a prompt of Tiny"),
+        ("prompts", "{", "broken JSON"),
+        ("probes", '{"prompt": 5, "answer": "a"}', "'prompt' is mis"),
+        ("probes", '["a"]', "expected an object"),
+        ("probes", '{"prompt": "a', "broken JSON"),
+        ("obedience", '{"group": "a"}', "expected an object with"),
+        ("obedience", '{"group": "a", "instruction": "b", "prompts": [], "rules": []}', "needs 20"),
+        ("samples", '{"prompt": "a", "answer": "b"}', "expected an object with"),
+        ("samples", "[[", "broken JSON"),
+    ],
+)
+def test_a_bad_line_of_a_test_file_is_an_error_with_its_place(
+    tmp_path, base, inputs, expect_error, option, line, error
+):
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n" + line + "\n")
+    files = {"prompts": inputs.val_prompts, option: str(path)}
+    config = answers.Settings(folders=(str(base),), **EXACT, **files)
+    place = "f.jsonl:2" if line[0] != "[" else "f.jsonl"
+    expect_error(answers, config, place, error)
+
+
+# ------------------------------------------------------------------------------------------- bench
+def test_attention_weights_are_those_that_weigh_the_values():
+    model, tokens = make_model(), torch.tensor([[1, 5, 9, 7, 8, 9]] * 2)
+    layers = attention_weights(model, tokens)
+    assert len(layers) == ARGS.n_layers
+    block = model.layers[0]
+    x = block.attention_norm(model.tok_embeddings(tokens))
+    freqs_cis = compute_freqs_cis(ARGS, torch.arange(tokens.size(1)))
+    values = block.attention.wv(x).unflatten(-1, (-1, ARGS.head_dim)).transpose(1, 2)
+    values = values.repeat_interleave(ARGS.n_heads // ARGS.n_kv_heads, 1)
+    output = block.attention.wo((layers[0] @ values).transpose(1, 2).flatten(2))
+    assert torch.allclose(output, block.attention(x, freqs_cis, None, None, 0), atol=1e-5)
+    for probs in layers:
+        assert torch.allclose(probs.sum(-1), torch.ones(()), atol=1e-5)
+        assert probs.triu(1).abs().max() == 0
+
+
+def test_the_speed_benchmark_does_the_work_that_it_counts():
+    work = speed.Work(ARGS, "float32")
+    before = copy.deepcopy(work.model.state_dict())
+    ppo = dict(lengths=[4, 5, 6, 7], new=3, mini_batch=2, micro_batch=1)
+    sizes = {
+        "train": (dict(rows=2, length=8), 16),
+        "prefill": (dict(rows=3, length=5), 15),
+        "decode": (dict(rows=2, length=4, new=6), 12),
+        "score_sequences": (dict(lengths=[3, 9]), 12),
+        "ppo": (ppo, 4),
+    }
+    assert {name for _, name, _ in speed.WORK.values()} == sizes.keys()
+    for name, (size, count) in sizes.items():
+        assert getattr(work, name)(**size) == count
+        change = max_difference(work.model.state_dict(), before)
+        assert (change > 0) is (name in ("train", "ppo"))
+        before = copy.deepcopy(work.model.state_dict())

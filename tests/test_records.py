@@ -1,0 +1,320 @@
+"""Dialogues, preference pairs, prompts and instructions: formats, errors, held-out data."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+import train_rm
+import train_sft
+from conftest import dialog, hh_text, write_jsonl
+from data import records
+from llama2 import encode_dialog
+
+USER, ANSWER = dialog("a", "b")
+PAIR = dict(prompt="a", chosen="b", rejected="c")
+NOTHING = (None, float("nan"), "")  # what tables have in an empty cell
+
+
+# --------------------------------------------------------------------------------- formats accepted
+def test_every_dialogue_format_becomes_the_same_messages():
+    messages = dialog("What is it?", "A fox.")
+    brief = dialog("What is it?", "A fox.", system="Be brief.")
+    longer = dialog("How many legs?", "Four.", "What is it?", "A fox.")
+    alpaca = {"instruction": "What is it?", "input": "", "output": "A fox."}
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A fox."}]
+    sharegpt = {"id": 1, "conversations": turns}
+    for record in ({"messages": messages}, alpaca, alpaca | {"input": None}, sharegpt):
+        assert records.to_messages(record) == messages
+        assert records.to_messages(record | {"system": "Be brief."}) == brief
+        assert records.to_messages(record | {"history": [["How many legs?", "Four."]]}) == longer
+    turns = [{"from": "system", "value": "Be brief."}, *turns]
+    assert records.to_messages({"conversations": turns}) == brief
+    transcript = hh_text("What is it?") + "\n\nAssistant:"
+    assert records.to_messages(dict(instruction=transcript, output="A fox.")) == messages
+    sampled = records.to_messages({"prompt": "What is it?", "answer": "A fox."})
+    assert [m["content"] for m in sampled] == ["What is it?", "A fox."]
+    with_input = {"instruction": "Name it.", "input": "A red animal.", "output": "A fox."}
+    assert records.to_messages(with_input)[0]["content"] == "Name it.\n\nA red animal."
+    weighted = [USER, ANSWER | {"weight": 0}]
+    assert records.to_messages({"messages": weighted})[1]["weight"] == 0
+
+
+@pytest.mark.parametrize("empty", NOTHING)
+def test_empty_and_unknown_fields_of_a_dialogue_are_ignored(empty):
+    known = dict(conversations=empty, system=empty, history=empty, label=empty)
+    unknown = dict(tools="[]", images=[], source="web", id=7, score=0.5)
+    assert records.to_messages({"messages": [USER, ANSWER], **known, **unknown}) == [USER, ANSWER]
+
+
+def test_every_preference_format_becomes_the_same_pair():
+    before, good, bad = dialog("a", "b", "c"), "good", "bad"
+    chosen, rejected = ({"role": "assistant", "content": text} for text in (good, bad))
+    turns = [{"from": ("human", "gpt")[i % 2], "value": "abc"[i]} for i in range(3)]
+    last = {name: {"from": "gpt", "value": name} for name in (good, bad)}
+    both = dict(chosen=good, rejected=bad)
+    whole = dict(chosen=[*before, chosen], rejected=[*before, rejected])
+    texts = dict(chosen=hh_text("a", "b", "c", good), rejected=hh_text("a", "b", "c", bad))
+    for record in (
+        dict(prompt=before, chosen=good, rejected="bad "),
+        dict(prompt=hh_text("a", "b", "c") + "\n\nAssistant:", chosen=" good", rejected=bad),
+        dict(prompt=hh_text("a", "b", "c"), rating=float("nan"), **both),
+        dict(prompt="c", history=[["a", "b"]], chosen_safe=None, **both),
+        dict(prompt=before, chosen=[chosen], rejected=[rejected]),
+        dict(prompt=before, chosen=chosen, rejected=rejected, rating=None, kind=""),
+        dict(conversations=turns, chosen=last[good], rejected=last[bad]),
+        texts,
+        texts | {"prompt": "c"},
+        whole,
+        whole | {"prompt": "c", "score": 3},
+    ):
+        pair = records.to_pair(record)
+        assert (pair.messages, pair.chosen, pair.rejected) == (before, good, bad)
+        assert pair.kind == "helpfulness"
+        assert records.to_pair(record, kind="safety").kind == "safety"
+        assert records.to_pair(record | {"kind": "helpfulness"}, kind="safety").kind == pair.kind
+
+
+def test_a_transcript_may_contain_human_and_empty_lines_inside_a_turn():
+    user = "I ask Human: x"
+    record = dict(chosen=hh_text(user, "one\n\ntwo"), rejected=hh_text(user, "one"))
+    pair = records.to_pair(record)
+    assert (pair.messages, pair.chosen) == (dialog(user), "one\n\ntwo")
+
+
+def test_prompts_include_their_system_message_and_history(tok):
+    whole = dialog("a", "b", "c", system="Be brief.")
+    for record in (
+        dict(prompt=whole, is_safety=None, label="a reference answer"),
+        dict(prompt="c", system="Be brief.", history=[["a", "b"]]),
+        dict(prompt=hh_text("a", "b", "c"), system="Be brief."),
+    ):
+        prompt = records.to_prompt(record, tok, 200)
+        assert prompt.tokens == encode_dialog(tok, whole)[0]
+        assert prompt.is_safety is False
+        again = records.to_prompt(dict(prompt=prompt.text), tok, 200)
+        assert records.prompt_to_messages(again.text)
+    assert records.to_prompt(dict(prompt="c", system=None), tok, 200).text == "c"
+
+
+# ---------------------------------------------------------------------------------- formats refused
+BAD = {
+    "dialogue": [
+        (["a"], "expected an object"),
+        ({"words": "a"}, 'expected "messages"'),
+        ({"messages": []}, '"messages" is not a list'),
+        ({"messages": [dict(role="judge", content="a")]}, "message 1 has the unknown role 'judge'"),
+        ({"messages": [dict(role=["user"], content="a")]}, "has the unknown role ['user']"),
+        ({"messages": [dict(role="tool", content="c")]}, "message 1 has the unknown role 'tool'"),
+        ({"messages": [dict(role="user", content=[{"type": "text"}])]}, "message 1 is not a str"),
+        ({"messages": [dict(role="user", content="b", weight=0.5)]}, 'has "weight" 0.5'),
+        ({"messages": [dict(role="user", content=5), USER, ANSWER]}, "message 1 is not a string"),
+        ({"messages": [{"role": "user"}]}, 'message 1 lacks "content"'),
+        ({"messages": [USER, USER, ANSWER]}, "message 2 has role 'user'"),
+        ({"messages": dialog("a", " ")}, "message 2, an answer, is empty"),
+        ({"messages": dialog("a", "b", "c")}, "the last message has no answer"),
+        ({"messages": dialog("[INST] a", "b")}, "message 1 contains [INST]"),
+        ({"messages": dialog("<|im_start|>user", "b")}, "message 1 contains '<|im_start|>'"),
+        ({"messages": dialog("\ud800", "b")}, "surrogates not allowed"),
+        ({"messages": [USER | {"loss_mask": 0}]}, '"loss_mask" is not supported'),
+        ({"messages": [ANSWER | {"tool_calls": [{}]}]}, '"tool_calls" is not supported'),
+        ({"messages": [USER, ANSWER], "label": False}, '"label" is not supported'),
+        ({"messages": [USER, ANSWER], "tools": [{}]}, '"tools" is not supported'),
+        ({"messages": [USER, ANSWER], "weight": 0}, '"weight" is not supported'),
+        ({"messages": [USER, ANSWER], "system": ["c"]}, "message 1 is not a string"),
+        ({"messages": [USER, ANSWER], "history": 5}, '"history" is not a list of pairs'),
+        ({"messages": [USER, ANSWER], "history": ["a"]}, '"history" is not a list of pairs'),
+        ({"messages": [USER, ANSWER], "history": [["a", 5]]}, "message 2 is not a string"),
+        ({"conversations": "a"}, '"conversations" is not a list'),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "message 1 has role 'assistant'"),
+        ({"instruction": "a"}, '"output" is missing'),
+        ({"instruction": "a", "input": 21, "output": "b"}, '"input" is 21'),
+        ({"instruction": "a", "output": "b", "images": ["c"]}, '"images" is not supported'),
+        ({"instruction": "Do.\n\n### Response:", "output": "b"}, "contains '### Response:'"),
+        ({"instruction": None, "output": "b"}, 'expected "messages"'),
+        ({"instruction": 5, "output": "b"}, '"prompt" is neither'),
+    ],
+    "pair": [
+        ("text", "expected an object"),
+        (dict(chosen="b"), 'expected a "prompt", or transcripts'),
+        (dict(instruction="a", chosen="b", rejected="c"), 'expected a "prompt", or transcripts'),
+        (dict(prompt="a", chosen="b"), '"rejected" is missing'),
+        (PAIR | dict(prompt=5), '"prompt" is neither'),
+        (PAIR | dict(prompt=[USER, ANSWER]), "does not end with a message of the"),
+        (PAIR | dict(prompt=[USER] * 3), "message 2 has role 'user'"),
+        (PAIR | dict(prompt="[INST]"), "message 1 contains [INST]"),
+        (PAIR | dict(chosen=["b"]), '"chosen" is not a list of objects'),
+        (PAIR | dict(chosen=5), '"chosen" is missing or neither'),
+        (PAIR | dict(chosen=[USER]), '"chosen" does not end with an answer'),
+        (PAIR | dict(margin=2.5), '"margin" is not supported'),
+        (PAIR | dict(rating=3), '"rating" is 3'),
+        (PAIR | dict(rating="much"), "\"rating\" is 'much'"),
+        (PAIR | dict(kind="taste"), "\"kind\" is 'taste'"),
+        (PAIR | dict(chosen_safe="yes"), "\"chosen_safe\" is 'yes'"),
+        (PAIR | dict(chosen_safe=0), '"chosen_safe" is 0'),
+        (PAIR | dict(rejected_safe=1.0), '"rejected_safe" is 1.0'),
+    ],
+    "prompt": [
+        ("p", 'expected an object with a "prompt"'),
+        (dict(prompt="p", is_safety="yes"), "\"is_safety\" is 'yes'"),
+        (dict(prompt="p", is_safety=1), '"is_safety" is 1'),
+        (dict(prompt=None), '"prompt" is neither'),
+        (dict(prompt="p", images=["c.png"]), '"images" is not supported'),
+        (dict(prompt="p", history=[["q", None]]), "message 2 is not a string"),
+        (dict(prompt=[ANSWER]), "does not end with a message"),
+        (dict(prompt="[INST] p"), "part of the chat format"),
+    ],
+    "instruction": [
+        ("x", 'expected an object with an "instruction"'),
+        (dict(terse="x"), 'expected an object with an "instruction"'),
+        (dict(instruction="Be [/INST] kind."), "part of the chat format"),
+        (dict(instruction="Be kind.", terse="<<SYS>>"), "part of the chat format"),
+        (dict(instruction="Be kind.", terse=5), '"terse" must be a string'),
+        (dict(instruction="Be kind.", obeyed_if="(kind"), "unterminated subpattern"),
+        (dict(instruction="Be kind.", obeyed_if=[3]), "is not a regular expression"),
+    ],
+}
+GOOD = {
+    "dialogue": {"messages": [USER, ANSWER]},
+    "pair": PAIR,
+    "prompt": {"prompt": "a"},
+    "instruction": {"instruction": "Be kind."},
+}
+
+
+def make_parser(kind, tok):
+    return {
+        "dialogue": lambda record: train_sft.encode_example(record, tok, 64),
+        "pair": lambda record: train_rm.encode_pair(records.to_pair(record), tok, 64, {}),
+        "prompt": lambda record: records.to_prompt(record, tok, 64),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind, record, error", [(k, *bad) for k in BAD for bad in BAD[k]])
+def test_a_bad_record_is_an_error_with_its_line_or_is_skipped(tmp_path, tok, kind, record, error):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, (GOOD[kind], record, GOOD[kind]))))
+
+    def read(skip_bad):
+        if kind == "instruction":
+            return records.read_instructions([path], tok, skip_bad), {error: 1}
+        return records.read_records([path], make_parser(kind, tok), skip_bad)
+
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: ")) as e:
+        read(skip_bad=False)
+    assert error in str(e.value)
+    good, left_out = read(skip_bad=True)
+    assert (len(good), list(left_out.values())) == (2, [1])
+
+
+BROKEN = [b'{"a": ', b'{"a": "\xe9"}', b'{"a": "\\ud800"}', b'{"a":' * 9999, b"9" * 5000]
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_broken_line_is_an_error_with_its_place_or_is_skipped(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b"\n" + b'{"a": 2}\n')
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: (broken JSON|not UTF-8)"):
+        records.read_records([path], lambda record: record)
+    good, left_out = records.read_records([path], lambda record: record, skip_bad=True)
+    assert good == [{"a": 1}, {"a": 2}]
+    assert list(left_out) in (["broken JSON"], ["not UTF-8 text"])
+
+
+USELESS_PAIRS = [
+    (dict(chosen=hh_text("a", "b"), rejected=hh_text("a", "b")), "the same"),
+    (dict(chosen=hh_text("a", "b c"), rejected=hh_text("a", "b  c\n")), "the same"),
+    (dict(chosen=hh_text("a", "b", "c"), rejected=hh_text("a", "b")), "alternate"),
+    (dict(chosen=hh_text("a", "b") + "\n\nAssistant: c", rejected=hh_text("a", "b")), "alternate"),
+    (dict(chosen="\n\nAssistant: c", rejected=hh_text("a", "b")), "alternate"),
+    (dict(chosen="Once" + hh_text("a", "b"), rejected=hh_text("a", "b")), "alternate"),
+    (dict(chosen=hh_text("a", "b"), rejected=hh_text("z", "c")), "prompts that differ"),
+    (dict(chosen=hh_text("a", "b", "c", "d"), rejected=hh_text("a", "x")), "prompts that differ"),
+    (dict(chosen=hh_text("a", ""), rejected=hh_text("a", "x")), "empty"),
+    (PAIR | dict(chosen_safe=False, rejected_safe=True), "unsafe"),
+    (dict(prompt="word " * 200, chosen="yes" + " w" * 99, rejected="no" + " w" * 99), "context"),
+]
+
+
+def test_pairs_without_a_usable_difference_are_left_out_and_counted(tmp_path, tok):
+    parse = make_parser("pair", tok)
+    for record, reason in USELESS_PAIRS:
+        with pytest.raises(records.SkipRecord, match=reason):
+            parse(record)
+    useless = [record for record, _ in USELESS_PAIRS]
+    good, left_out = records.read_records(
+        [write_jsonl(tmp_path / "p.jsonl", [PAIR, *useless])], parse
+    )
+    assert (len(good), sum(left_out.values())) == (1, len(useless))
+
+
+def test_prompts_without_room_for_an_answer_are_left_out_and_counted(tmp_path, tok, capsys):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a"}] + [{"prompt": "word " * 99}] * 3)
+    assert len(records.read_prompts([path], tok, 64)) == 1
+    assert "{'no room for an answer in 64 tokens': 3}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no prompt to use; left out: .*: 4"):
+        records.read_prompts([path], tok, 5)
+
+
+# -------------------------------------------------------------------------------------------- files
+def test_files_may_have_lines_or_an_array_whatever_their_names(tmp_path):
+    data = [{"a": 1}, {"a": "\u2028é"}]
+    lines, array, bom = (
+        "\n".join(map(json.dumps, data)).encode(),
+        json.dumps(data).encode(),
+        b"\xef\xbb\xbf",
+    )
+    for name, content in {
+        "l.jsonl": lines,
+        "l.json": lines,
+        "a.json": array,
+        "a.jsonl": b"\n " + array,
+        "b.json": bom + array,
+        "bom.jsonl": bom + lines,
+        "crlf.jsonl": lines.replace(b"\n", b"\r\n\r\n"),
+        "l.jsonl.gz": gzip.compress(lines),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert [record for _, record in records.read_json(tmp_path / name)] == data
+    with pytest.raises(ValueError, match="bom.jsonl:1: expected an object with .* 'prompt' is"):
+        list(records.read_objects(tmp_path / "bom.jsonl", prompt=str))
+    places = [place for place, _ in records.read_json(tmp_path / "a.json")]
+    assert places == [f"{tmp_path}/a.json: record 1", f"{tmp_path}/a.json: record 2"]
+
+
+def test_a_weight_after_a_file_name_says_how_often_it_is_read(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", range(100))
+    with_colon = write_jsonl(tmp_path / "b:2.jsonl", range(3))
+
+    def read(*files):
+        return records.read_records(list(map(str, files)), lambda record: record)[0]
+
+    assert read(path) == list(range(100))
+    assert read(f"{path}:2") == list(range(100)) * 2
+    assert len(set(read(f"{path}:0.25"))) == len(read(f"{path}:0.25")) == 25
+    assert sorted(read(f"{path}:1.5"))[:2] in ([0, 0], [0, 1])
+    assert len(read(f"{path}:1.5")) == 150
+    assert read(with_colon, f"{with_colon}:2") == [0, 1, 2] * 3
+    for wrong in ("x", "-1", "0", "1e3"):
+        with pytest.raises(ValueError, match="is not a weight"):
+            read(f"{path}:{wrong}")
+
+
+def test_held_out_examples_and_their_copies_are_not_in_the_training_data():
+    examples = [(f"a{i % 20}", i) for i in range(600)]
+    train, val = records.hold_out(examples, lambda example: example[0], 0.1, seed=1)
+    assert (len(val), len(train)) == (2 * 30, 540)
+    assert not {key for key, _ in train} & {key for key, _ in val}
+    assert val != records.hold_out(examples, lambda example: example[0], 0.1, seed=2)[1]
+
+
+def test_written_answers_are_read_back_with_the_same_tokens(tmp_path, tok):
+    prompt = records.to_prompt({"prompt": "Tell me 2 + 3.", "is_safety": True}, tok, 64)
+    whole, _ = encode_dialog(tok, dialog("Tell me 2 + 3.", "2 plus 3 is 5."))
+    answer = records.Answer(prompt, whole[len(prompt.tokens) :], True)
+    record = records.answer_record(answer, tok, reward=1.5)
+    assert record["answer"] == "2 plus 3 is 5."
+    path = write_jsonl(tmp_path / "best.jsonl", [record])
+    assert records.read_answers([path], tok, 64) == [answer]
+    assert train_sft.encode_example(record, tok, 64).tokens == whole

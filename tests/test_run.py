@@ -1,0 +1,162 @@
+"""A run's folder: fingerprints, the lock, the log, what an old run allows, damaged files."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_sft
+from common import run as runs, training
+from conftest import ROOT, read_log
+
+FINISHED, UNFINISHED, NOTHING = "consolidated.00.pth", "resume.pt", "params.json"
+
+
+def write_run(folder, file):
+    """Make a folder look as if a run had written `file` last; returns its settings."""
+    config = train_sft.Settings(out=str(folder))
+    runs.write_json(folder / "config.json", runs.made_of(config, []))
+    torch.save({"step": 3, "model": {}, "optimizer": {}, "best": {}}, folder / file)
+    return config
+
+
+def start_run(folder):
+    run = runs.Run(folder, train_sft.Settings(save_every=1000))
+    run.begin(None, None, 4)
+    return run
+
+
+@pytest.mark.parametrize(
+    "file, option, outcome",
+    [
+        (NOTHING, None, "new"),
+        (NOTHING, "resume", "new"),
+        (NOTHING, "overwrite", "new"),
+        (UNFINISHED, None, "holds an unfinished run: --resume it, choose"),
+        (UNFINISHED, "resume", "continue"),
+        (UNFINISHED, "overwrite", "new"),
+        (FINISHED, None, "holds a finished run: choose"),
+        (FINISHED, "resume", "is finished"),
+        (FINISHED, "overwrite", "new"),
+    ],
+)
+def test_an_old_run_is_continued_replaced_or_refused(tmp_path, file, option, outcome):
+    config = write_run(tmp_path, file)
+    config = replace(config, **{option: True}) if option else config
+    if outcome not in ("new", "continue"):
+        with pytest.raises((ValueError, runs.Finished), match=outcome):
+            runs.Run(tmp_path, config)
+        return
+    run = runs.Run(tmp_path, config)
+    assert (run.state is None) is (outcome == "new")
+    assert (tmp_path / file).exists()  # nothing is deleted before the run begins
+    model = SimpleNamespace(load_state_dict=lambda state: None)
+    assert run.begin(model, model, 9) == (0 if outcome == "new" else 3)
+    assert (tmp_path / file).exists() is (outcome == "continue")
+
+
+@pytest.mark.parametrize(
+    "name, content, error",
+    [
+        ("resume.pt", b"half", "resume.pt: damaged"),
+        ("resume.pt", b"", "resume.pt: damaged"),
+        ("resume.pt", [1], "resume.pt: damaged"),
+        ("resume.pt", {"step": 2}, "resume.pt: damaged"),
+        ("config.json", b"{", "config.json: broken JSON"),
+        ("config.json", b"[]", "config.json: expected"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_an_error_with_its_name(tmp_path, name, content, error):
+    config = write_run(tmp_path, UNFINISHED)
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=error):
+        runs.Run(tmp_path, replace(config, resume=True))
+
+
+def test_the_last_save_is_deleted_only_after_the_model_is_written(tmp_path, monkeypatch):
+    run = start_run(tmp_path)
+    (tmp_path / UNFINISHED).write_bytes(b"save")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runs, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.finish(None, None)
+    assert (tmp_path / UNFINISHED).read_bytes() == b"save"
+
+
+def test_a_fingerprint_depends_on_the_content_and_not_on_the_date(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 100)
+    before = runs.fingerprint([path])
+    os.utime(path, (1, 1))
+    assert runs.fingerprint([path]) == before
+    path.write_bytes(b"x" * 99 + b"y")
+    assert runs.fingerprint([path]) != before
+
+
+def test_two_processes_cannot_write_to_one_folder(tmp_path):
+    script = "from common.run import Run; import train_sft, sys, time\n"
+    script += f"run = Run({str(tmp_path)!r}, train_sft.Settings()); print('open', flush=True)\n"
+    script += "time.sleep(60)"
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with pytest.raises(ValueError, match=f"{tmp_path} is in use by another process"):
+        runs.Run(tmp_path, train_sft.Settings())
+    process.kill()
+    process.wait()
+    runs.Run(tmp_path, train_sft.Settings())  # the system has released the lock
+
+
+def test_the_log_has_the_tokens_per_second_since_the_last_line(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(runs.time, "time", lambda: clock[0])
+    run = start_run(tmp_path)
+    for step in range(1, 5):
+        clock[0] += 2
+        run.count_step(1000)
+        if step % 2 == 0:
+            run.log(step, loss=1.0)
+            assert "500 tokens/s" in capsys.readouterr().out
+
+
+def test_the_log_has_null_for_nan_and_infinity(tmp_path):
+    run = start_run(tmp_path)
+    run.log(1, loss=float("nan"))
+    run.log_samples(2, [{"reward": float("inf")}, {"reward": 1.0}])
+    assert read_log(tmp_path) == [{"step": 1, "loss": None}]
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    samples = [{"step": 2, "reward": None}, {"step": 2, "reward": 1.0}]
+    assert [json.loads(line) for line in lines] == samples
+
+
+def test_a_signal_during_communication_is_not_lost(tmp_path, monkeypatch):
+    run = start_run(tmp_path)
+
+    def gather_slowly(items):
+        run.stop_requested = True  # what the signal's handler does, at the worst moment
+        return items
+
+    monkeypatch.setattr(runs, "all_gather", gather_slowly)
+    assert [run.save_due(1), run.save_due(2)] == [False, True]
+
+
+def test_processes_wait_for_hours_while_one_prepares_data(monkeypatch):
+    settings = {}
+    monkeypatch.setattr(training.dist, "init_process_group", lambda *_, **kw: settings.update(kw))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    threads = torch.get_num_threads()
+    training.setup("cpu")
+    torch.set_num_threads(threads)
+    assert settings["timeout"].total_seconds() >= 3600

@@ -1,0 +1,392 @@
+"""What all training stages share: resuming, micro-batches, processes, bfloat16, old results."""
+
+import copy
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import llama2
+import train_pretrain
+import train_rlhf
+import train_sft
+from common import run as runs
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    STAGES,
+    interrupt_at,
+    losses,
+    max_difference,
+    model_folder,
+    options,
+    read_log,
+    run_command,
+    stage,
+    weights,
+)
+from llama2 import SIZES, generate, load
+
+
+def generate_with_eos(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id):
+    """Answers that end with EOS, which is rare in those of a random model."""
+    return [ids + [eos_id] for ids in generate(model, prompts, 4, temperature, 1.0, seed)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def answers_with_eos():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_rlhf, "generate", generate_with_eos)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory, inputs, answers_with_eos):
+    """{stage: (script, settings, metrics)} of a run of each stage, from start to end."""
+    results = {}
+    for name in STAGES:
+        script, config = stage(name, inputs, tmp_path_factory.mktemp(name))
+        results[name] = script, config, script.main(config)
+    return results
+
+
+def difference(a, b):
+    """The largest difference between the weights of two runs."""
+    return max_difference(weights(model_folder(a)), weights(model_folder(b)))
+
+
+def crash(script, config, monkeypatch, step=6):
+    """Run a script until its step-th gradient step."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(step, script, patch)
+        script.main(config)
+
+
+def test_pretraining_makes_a_model_of_its_size_that_learns_and_writes(tmp_path, inputs, capsys):
+    changes = dict(init="", max_steps=30, micro_batch=6)
+    _, config = stage("pretrain", inputs, tmp_path / "out", **changes)
+    metrics = train_pretrain.main(config)
+    curve = losses(config.out)
+    assert curve[30] < curve[1] - 1
+    assert metrics["val/stories"] < curve[1] - 1
+    model, _ = load(config.out)
+    assert (model.args.dim, model.args.max_seq_len) == (SIZES["tiny"]["dim"], 32)
+    line = r"step 30/30  loss [\d.]+  lr [\de.-]+  [\d,]+ tokens/s  left 0:00"
+    assert re.search(line, capsys.readouterr().out)
+    assert not (tmp_path / "out/resume.pt").exists()
+    llama2.main(["complete", config.out, "Once upon", "--max-new-tokens", "5"])
+    assert capsys.readouterr().out.startswith("Once upon")
+
+
+# ----------------------------------------------------------------------------------------- resuming
+def last_lines(folder):
+    """{(step, names): the last such line of the log}: a resumed run may log a step twice."""
+    return {(line["step"], *line): line for line in read_log(folder)}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resumed_run_equals_uninterrupted_run(tmp_path, whole_runs, name, monkeypatch):
+    script, whole, metrics = whole_runs[name]
+    config = replace(whole, out=str(tmp_path), resume=True)
+    crash(script, config, monkeypatch, step=1)  # before the first save
+    crash(script, config, monkeypatch, step=9 if name == "ppo" else 6)
+    assert (model_folder(config) / "resume.pt").exists()
+    with pytest.raises(ValueError, match="unfinished run: --resume it"):
+        script.main(replace(config, resume=False))
+    with pytest.raises(ValueError, match="made with other settings: seed was 1, now 2"):
+        script.main(replace(config, seed=2))
+    assert script.main(config) == metrics
+    assert difference(whole, config) == 0
+    folders = model_folder(whole), model_folder(config)
+    assert last_lines(folders[0]) == last_lines(folders[1])
+    if name == "ppo":
+        samples = [(folder / "samples.jsonl").read_text() for folder in folders]
+        assert set(samples[0].splitlines()) == set(samples[1].splitlines())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_ctrl_c_finishes_the_step_saves_and_prints_how_to_resume(
+    tmp_path, whole_runs, name, monkeypatch
+):
+    """The resumed run may have other values of the settings in MAY_CHANGE."""
+    script, whole, _ = whole_runs[name]
+    config = replace(whole, out=str(tmp_path), save_every=1000)
+    with monkeypatch.context() as patch:
+        interrupt_at(5, script, patch, signals=1)
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", "--lr", "1", "--overwrite"])
+        with pytest.raises(runs.Stopped, match="stopped and saved after step") as e:
+            script.main(config)
+    assert str(e.value).endswith(f"python {script.__name__}.py --lr 1 --resume")
+    step = torch.load(model_folder(config) / "resume.pt", weights_only=True)["step"]
+    assert step == {"ppo": 2}.get(name, 5)  # an iteration of PPO has 4 gradient steps here
+    changes = dict(save_every=2) | (dict(log_every=3) if hasattr(config, "log_every") else {})
+    script.main(replace(config, resume=True, **changes))
+    assert difference(whole, config) == 0
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, inputs, monkeypatch):
+    _, config = stage("sft", inputs, tmp_path)
+    interrupt_at(2, train_sft, monkeypatch, signals=2)
+    with pytest.raises(KeyboardInterrupt):
+        train_sft.main(config)
+
+
+@pytest.mark.parametrize(
+    "name, metric", [("pretrain", "val/stories"), ("sft", "val_loss"), ("rm", "accuracy")]
+)
+def test_the_best_or_the_last_model_is_kept_also_after_resuming(
+    tmp_path, inputs, name, metric, monkeypatch
+):
+    """The second evaluation is the best one."""
+    script, config = stage(name, inputs, tmp_path / "last", eval_every=2, keep="last")
+    sign, states = (1 if metric == "accuracy" else -1), []
+    if name == "rm":
+        config = replace(config, epochs=8, val_fraction=0.4)
+
+    def evaluate(model, *_):
+        states.append(copy.deepcopy(model.state_dict()))
+        return {metric: sign * {1: 0.3, 2: 0.9}.get(len(states), 0.5)}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    script.main(config)
+    assert max_difference(weights(model_folder(config)), states[-1]) == 0
+    assert len(states) > 2
+    states.clear()
+    best = replace(config, out=str(tmp_path / "best"), keep="best")
+    crash(script, best, monkeypatch, step=7)
+    script.main(replace(best, resume=True))
+    assert max_difference(weights(model_folder(best)), states[1]) == 0
+    assert difference(best, config) > 0
+    with pytest.raises(ValueError, match="made with other settings: eval_every was 2, now 3"):
+        script.main(replace(best, resume=True, eval_every=3))
+
+
+def copy_inputs(inputs, folder):
+    """A copy of the inputs that a test may change."""
+    copies = {}
+    for name, path in vars(inputs).items():
+        target = folder / ({"base": "base", "rm": "rm"}.get(name) or Path(path).name)
+        (shutil.copytree if Path(path).is_dir() else shutil.copy)(path, target)
+        copies[name] = str(target)
+    return SimpleNamespace(**copies)
+
+
+POLICY = ["base/consolidated.00.pth", "base/params.json", "base/tokenizer.model"]
+REWARD_MODELS = ["rm/helpfulness/consolidated.00.pth", "rm/safety/consolidated.00.pth"]
+READ = {
+    "pretrain": ["tokens/stories.train.00000.bin", "tokens/index.json", *POLICY],
+    "sft": ["dialogues.jsonl", *POLICY],
+    "rm": ["pairs.jsonl", *POLICY],
+    "rejection-sampling": ["prompts.jsonl", *REWARD_MODELS, *POLICY],
+    "ppo": ["prompts.jsonl", "val.jsonl", *REWARD_MODELS, *POLICY],
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_cannot_be_resumed_after_a_change_of_its_inputs(tmp_path, inputs, name, monkeypatch):
+    script, config = stage(name, copy_inputs(inputs, tmp_path), tmp_path / "out")
+    crash(script, config, monkeypatch, step=9 if name == "ppo" else 6)
+    for file in READ[name]:
+        path = tmp_path / file
+        before = path.read_bytes()
+        path.write_bytes(before[:-2] + b"\1\0" if path.suffix == ".bin" else before + b"\n")
+        with pytest.raises(ValueError, match=f"made from other data: .*{file} has changed"):
+            script.main(replace(config, resume=True))
+        path.write_bytes(before)
+
+
+# ----------------------------------------------------------------------------------------- old runs
+@pytest.mark.parametrize("name", STAGES)
+def test_a_finished_run_is_kept_until_overwrite_and_good_inputs(
+    tmp_path, whole_runs, name, monkeypatch, capsys, expect_error
+):
+    script, whole, _ = whole_runs[name]
+    config = replace(whole, out=str(tmp_path / "out"))
+    shutil.copytree(whole.out, config.out)
+    expect_error(script, config, "holds a finished run", "--overwrite")
+    run_command(replace(config, resume=True), script, monkeypatch)
+    assert f"{model_folder(config)} is finished" in capsys.readouterr().out
+    missing = {"data" if name == "pretrain" else "init": "missing"}
+    expect_error(script, replace(config, overwrite=True, **missing), "missing")
+    assert difference(whole, config) == 0
+    script.main(replace(config, overwrite=True, seed=2))
+    assert difference(whole, config) > (0 if name == "ppo" else 1e-4)
+
+
+def test_overwrite_deletes_the_files_of_another_kind_of_run(tmp_path, inputs, whole_runs):
+    shutil.copytree(whole_runs["rejection-sampling"][1].out, tmp_path / "out")
+    assert (tmp_path / "out/best.jsonl").exists()
+    script, config = stage("ppo", inputs, tmp_path / "out", overwrite=True)
+    script.main(config)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    checkpoint = {"params.json", "consolidated.00.pth", "tokenizer.model"}
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", ".lock"} | checkpoint
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(tmp_path, inputs, expect_error):
+    """A limit on the size of files, which the weights exceed, stands in for a full disk."""
+    _, config = stage("sft", inputs, tmp_path / "out", epochs=4)
+    train_sft.main(whole := replace(config, out=str(tmp_path / "whole")))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        expect_error(train_sft, config, "disk full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    train_sft.main(replace(config, resume=True))
+    assert difference(whole, config) == 0
+
+
+LOSSES = {
+    "pretrain": (train_pretrain, "next_token_loss"),
+    "sft": (train_sft, "sft_loss"),
+    "rm": (SCRIPTS["rm"], "ranking_loss"),
+    "rejection-sampling": (train_sft, "sft_loss"),
+    "ppo": (train_rlhf, "policy_loss"),
+    "ppo, values": (train_rlhf, "value_loss"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_nan_gradient_ends_a_run_and_keeps_the_last_save(
+    tmp_path, inputs, name, monkeypatch, expect_error
+):
+    script, config = stage(name.split(",")[0], inputs, tmp_path / "out", save_every=2)
+    module, loss_name = LOSSES[name]
+    original, content = getattr(module, loss_name), []
+    saved = model_folder(config) / "resume.pt"
+
+    def nan_after_the_first_save(*args):
+        loss = original(*args)
+        if not saved.exists():
+            return loss
+        content[:] = content or [saved.read_bytes()]
+        nan = float("nan")
+        return (loss[0] * nan, loss[1]) if isinstance(loss, tuple) else loss * nan
+
+    monkeypatch.setattr(module, loss_name, nan_after_the_first_save)
+    error = "the gradient is NaN or infinite", f"the last save is intact: {saved}"
+    expect_error(script, config, *error)
+    assert content == [saved.read_bytes()]
+    assert not (model_folder(config) / "consolidated.00.pth").exists()
+    monkeypatch.setattr(module, loss_name, original)
+    script.main(replace(config, resume=True))
+    assert (model_folder(config) / "consolidated.00.pth").exists()
+
+
+# ------------------------------------------------------------------ micro-batches, dtype, processes
+@pytest.mark.parametrize("name", ["pretrain", "sft", "rm", "rejection-sampling"])
+def test_the_size_of_a_micro_batch_does_not_change_the_model(tmp_path, inputs, whole_runs, name):
+    for size in (1, 4):
+        script, config = stage(name, inputs, tmp_path / str(size), micro_batch=size)
+        script.main(config)
+        assert difference(whole_runs[name][1], config) < 2e-5
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_bfloat16_runs_repeat_exactly_and_differ_from_float32(tmp_path, inputs, name):
+    changes = {"pretrain": dict(max_steps=5), "sft": dict(epochs=1), "rm": dict(epochs=1)}
+    changes = changes.get(name, dict(tune_epochs=1, iterations=2))
+    configs = []
+    for i, dtype in enumerate(("bfloat16", "bfloat16", "float32")):
+        script, config = stage(name, inputs, tmp_path / str(i), keep="last", **changes)
+        configs.append(replace(config, dtype=dtype))
+        script.main(configs[i])
+    assert difference(configs[0], configs[1]) == 0
+    assert difference(configs[0], configs[2]) > 0
+    state = weights(model_folder(configs[0]))
+    assert all(weight.dtype == torch.float32 for weight in state.values())
+
+
+def fixed_answers(model, prompts, *_):
+    """In place of samples, because each process draws its own random numbers."""
+    return [[5 + len(prompt) % 7, 9 + sum(prompt) % 5, 2] for prompt in prompts]
+
+
+TWO_PROCESSES = """import sys
+import train_rlhf, train_sft
+from common.run import run_script
+from common.settings import parse_settings
+from common.training import print0
+from conftest import SCRIPTS
+from test_training import fixed_answers
+train_rlhf.generate = fixed_answers
+*commands, endless = open(sys.argv[1]).read().splitlines()
+for command in commands:
+    name, *argv = command.split("\\t")
+    SCRIPTS[name].main(parse_settings(SCRIPTS[name].Settings, {}, "", argv))
+print0("now the endless run")
+sys.argv = ["train_sft.py", *endless.split("\\t")]
+run_script(train_sft.main, train_sft.Settings, {})
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, inputs, answers_with_eos):
+    """All tests with two processes share one torchrun, because importing torch takes long.
+
+    ({stage: (settings of a run of one process, of two processes)}, the folder of a run that ends
+    when torchrun gets SIGTERM, the output after that).
+    """
+    folder, configs, commands = tmp_path_factory.mktemp("two"), {}, []
+    for name in STAGES:
+        changes = dict(mini_batch=8, iterations=3) if name == "ppo" else {}
+        script, single = stage(name, inputs, folder / name / "one", **changes)
+        double = replace(single, out=str(folder / name / "two"))
+        configs[name] = single, double
+        commands.append("\t".join([name, *options(double)]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_rlhf, "generate", fixed_answers)
+            script.main(single)
+    _, endless = stage("sft", inputs, folder / "endless", epochs=500)
+    commands.append("\t".join(options(endless)))
+    (folder / "script.py").write_text(TWO_PROCESSES)
+    (folder / "commands").write_text("\n".join(commands))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, folder / "script.py", folder / "commands"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, env=environment)
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "now the endless run" in output and line.startswith("step"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    process.wait()
+    return configs, endless.out, output
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_processes_train_like_one(two_processes, inputs, name):
+    single, double = two_processes[0][name]
+    logs = [read_log(model_folder(config)) for config in (single, double)]
+    assert len(logs[0]) == len(logs[1]) > 0
+    for a, b in zip(*logs):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=3e-4), key
+    # The change of the weights in training. A new reward model starts from a random head.
+    change = 1e-2 if name == "rm" else max_difference(weights(single.out), weights(inputs.base))
+    assert difference(single, double) <= change / 10
+    # With fixed answers the reward never rises, so PPO keeps the policy from the start.
+    assert (change > 0) is (name != "ppo")
+
+
+def test_all_processes_stop_at_the_same_step_after_sigterm(two_processes):
+    _, folder, output = two_processes
+    assert "stopped and saved after step" in output
+    assert "torchrun --nproc_per_node=2 train_sft.py" in output
+    step = torch.load(Path(folder) / "resume.pt", weights_only=True)["step"]
+    assert f"after step {step} of" in output
