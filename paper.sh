@@ -109,5 +109,13 @@ examine evaluate.scoreboard "$OUT/pretrain" "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} 
     --json "$OUT/scoreboard.json"
 cat "$OUT/summary-beside.txt" >> "$summary"
 
+# Ordinary conversations of eight turns, and what the reward models know.
+examine evaluate.conversations "$OUT/sft" "$OUT/rlhf/v5" "$OUT/gatt" --temperatures 0 \
+    --rm "$OUT/rm/v5/helpfulness" --conversations "$TOWN/conversations.jsonl" \
+    --json "$OUT/conversations.json"
+examine evaluate.knowledge "$OUT/rm/v1/helpfulness" "$OUT/rm/v5/helpfulness" --chat "$OUT/sft" \
+    --asked "$TOWN/compare-test.jsonl" --never-asked "$TOWN/held-out.jsonl" \
+    --json "$OUT/knowledge.json"
+
 printf '\n\nAll results:\n'
 cat "$summary"

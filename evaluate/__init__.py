@@ -4,6 +4,7 @@ The prompts are held out: no training sees them. Nothing here trains.
 """
 
 import math
+from collections import defaultdict
 from pathlib import Path
 
 from common.tables import table
@@ -46,6 +47,28 @@ def fraction(prompts, verdicts, selects, judgement: str) -> float | None:
     return sum(flags) / len(flags) if flags else None
 
 
+def content(prompt: dict) -> str:
+    """What a prompt asks, whatever its wording: answers to the same content are not independent."""
+    if prompt["topic"] == "fact":
+        return f"{prompt['name']} {prompt['attribute']}"
+    about = str(prompt["about"]).replace("plus", "+").replace("minus", "-")
+    return f"{prompt['topic']} {about}"
+
+
+def mean_by_content(prompts: list[dict], values: list[float]) -> tuple[float, float, int]:
+    """(mean, standard error, number of contents) of one value per prompt.
+
+    The values of prompts with the same content are averaged first: a content is one sample.
+    """
+    groups = defaultdict(list)
+    for prompt, value in zip(prompts, values):
+        groups[content(prompt)].append(value)
+    means = [sum(own) / len(own) for own in groups.values()]
+    mean = sum(means) / len(means)
+    variance = sum((own - mean) ** 2 for own in means) / max(1, len(means) - 1)
+    return mean, math.sqrt(variance / len(means)), len(means)
+
+
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """(low, high): Wilson's 95% confidence interval of a fraction (Wilson 1927).
 
@@ -54,7 +77,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     z, p = 1.96, successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def name_folders(folders) -> dict[str, Path]:

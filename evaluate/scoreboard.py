@@ -2,11 +2,18 @@
 
     python -m evaluate.scoreboard out/pretrain out/sft out/rlhf/v1 ... out/rlhf/v5 --rm out/rm/v5
 
-Every model answers the same held-out prompts, once greedily and once sampled. "points" are the
-annotator's, from 0 to 4.5. "wins": the fraction of prompts on which a majority of three annotators
-prefers the model's answer to that of --against; a tie counts half. "AC2": Gwet's AC2, the agreement
-of these annotators. "by Rh", "by Rs": the same fraction by the scores of the helpfulness and safety
-reward models. "KL": KL(model || --against) in nats per answer, estimated on the sampled answers.
+Every model answers the same held-out prompts: greedily, as the chat samples (T=0.8, top-p 0.95),
+and sampled at --temperature. "points" are the annotator's, from 0 to 4.5. "wins": the fraction of
+prompts on which a majority of three annotators prefers the model's answer to that of --against; a
+tie counts half. "AC2": Gwet's AC2, the agreement of these annotators. "by Rh", "by Rs": the same
+fraction by the scores of the helpfulness and safety reward models. "KL": KL(model || --against) in
+nats per answer, estimated on the sampled answers.
+
+A second table compares two models directly, prompt by prompt, by points without noise: each version
+with the one before it, the last one with --against, and, as the chat samples, the last one with
+--against at the low temperature --cooled, because a lower temperature alone improves answers.
+"wins" counts a tie as half. Its 95% margin is over contents: prompts with the same content count as
+one sample.
 """
 
 from dataclasses import dataclass
@@ -18,12 +25,34 @@ from common.run import load_fitting, run_script
 from common.settings import check_settings
 from common.tables import table
 from common.training import setup
-from data.records import to_prompt
-from evaluate import fraction, name_folders, of_topic, read_town_prompts, wilson
-from llama2 import Dtype, Transformer, by_length, load, score_sequences, text_after, write_json
+from data.records import Prompt, to_prompt
+from evaluate import (
+    fraction,
+    mean_by_content,
+    name_folders,
+    of_topic,
+    read_town_prompts,
+    wilson,
+)
+from llama2 import (
+    Dtype,
+    Tokenizer,
+    Transformer,
+    by_length,
+    load,
+    score_sequences,
+    text_after,
+    write_json,
+)
 from tinytown.annotator import annotator_rngs, compare, gwet_ac2, judge, quality, to_likert
 from tinytown.prompts import TOPICS
-from train_rlhf import answer_logprobs, generate_answers, load_reward_models, make_rollout
+from train_rlhf import (
+    RewardModels,
+    answer_logprobs,
+    generate_answers,
+    load_reward_models,
+    make_rollout,
+)
 
 
 @dataclass
@@ -35,6 +64,7 @@ class Settings:
     prompts: str = "out/tinytown/held-out.jsonl"  # prompts of Tinytown to answer
     # how
     temperature: float = 1.0  # of the sampled answers
+    cooled: float = 0.3  # a lower temperature of --against, to compare with
     max_new_tokens: int = 90  # longest answer, in tokens
     seed: int = 1  # for sampling and for the annotators
     device: str = "auto"  # cuda, mps or cpu
@@ -107,6 +137,36 @@ def comparison_metrics(prompts, own: ModelAnswers, other: ModelAnswers, seed: in
     return metrics
 
 
+def compare_points(prompts: list[dict], own: ModelAnswers, other: ModelAnswers) -> dict:
+    """How often own's answer has more, equal or fewer points than other's, and the win rate."""
+    wins = []
+    for prompt, a, b in zip(prompts, own.texts, other.texts):
+        gap = quality(prompt, a) - quality(prompt, b)
+        wins.append((gap > 0) + 0.5 * (gap == 0))
+    mean, error, n = mean_by_content(prompts, wins)
+    counts = {"better": wins.count(1), "equal": wins.count(0.5), "worse": wins.count(0)}
+    metrics = {name: count / len(wins) for name, count in counts.items()}
+    return metrics | {"wins": mean, "margin": 1.96 * error, "contents": n}
+
+
+def compare_directly(prompts: list[dict], outputs: dict, names: list[str], against: str) -> dict:
+    """{"A - B": metrics}: each model with the one before it, and the last one with --against."""
+    pairs = list(zip(names[1:], names))
+    for other in (against, *(name for name in outputs if name not in names)):
+        if other in outputs and (names[-1], other) not in pairs and names[-1] != other:
+            pairs.append((names[-1], other))
+    return {f"{a} - {b}": compare_points(prompts, outputs[a], outputs[b]) for a, b in pairs}
+
+
+def print_direct(title: str, comparisons: dict[str, dict]):
+    """Print {"A - B": metrics of compare_points}."""
+    rows = [[title, "better", "equal", "worse", "wins", "95% margin", "contents"]]
+    for pair, row in comparisons.items():
+        cells = [f"{row[key]:.1%}" for key in ("better", "equal", "worse", "wins", "margin")]
+        rows.append([pair, *cells, str(row["contents"])])
+    print("\n" + table(rows))
+
+
 # fmt: off
 COLUMNS = {     # heading -> (metric, format)
     "points": ("points", "{:.2f}"), "wins": ("wins", "{:.1%}"),
@@ -128,42 +188,79 @@ def print_table(title: str, metrics: dict[str, dict]):
     print("\n" + table(rows))
 
 
-def main(config: Settings) -> dict:
-    """Print the scoreboard; returns {"greedy" or "sampled": {model: {metric: value}}}."""
-    check_settings(config)
-    device, _, _ = setup(config.device)
+def answer_prompts(
+    model: Transformer,
+    tok: Tokenizer,
+    encoded: list[Prompt],
+    reward_models: RewardModels,
+    config: Settings,
+    temperature: float,
+    top_p: float,
+) -> ModelAnswers:
+    """The answers of a model to all prompts, and their scores."""
+    answers = generate_answers(
+        model, tok, encoded, config.max_new_tokens, temperature, config.seed, top_p
+    )
+    sequences = [answer.sequence for answer in answers]
+    texts = [text_after(tok, answer.prompt.tokens, answer.tokens) for answer in answers]
+    scores = {kind: score_sequences(rm, sequences) for kind, rm in reward_models.items()}
+    return ModelAnswers(answers, texts, scores)
+
+
+def load_models(config: Settings, device):
+    """({name: model} with that of --against, its name, tokenizer, reward models)."""
     reference, tok = load(config.against, device, config.dtype, Transformer)
-    reward_models = load_reward_models(config.rm, reference, tok, config.against)
     models = {}
     for name, folder in name_folders([*config.folders, config.against]).items():
         if folder == Path(config.against):
             models[name], against = reference, name
         else:
             models[name] = load_fitting(folder, Transformer, reference, tok, config.against)
+    reward_models = load_reward_models(config.rm, reference, tok, config.against)
+    return models, against, tok, reward_models
+
+
+def main(config: Settings) -> dict:
+    """Print the scoreboard; returns {"greedy", "chat" or "sampled": {model: {metric: value}}}.
+
+    results["direct"] has {mode: {"A - B": metrics of compare_points}}.
+    """
+    check_settings(config)
+    device, _, _ = setup(config.device)
+    models, against, tok, reward_models = load_models(config, device)
     prompts = read_town_prompts(config.prompts)
     context = min(model.args.max_seq_len for model in models.values())
     encoded = [to_prompt(prompt, tok, context) for prompt in prompts]
+    # --against may be a model only to compare with. Then it is no version of its own.
+    listed = [Path(folder) for folder in config.folders]
+    names = [name for name in models if name != against or Path(config.against) in listed]
 
     print(f"{len(prompts)} prompts of {config.prompts}, compared with {against}")
-    results = {}
-    for mode, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
+    modes = {
+        "greedy": ("greedy", 0.0, 1.0),
+        "chat": ("as the chat samples", 0.8, 0.95),
+        "sampled": (f"sampled at T={config.temperature:g}", config.temperature, 1.0),
+    }
+    results = {"direct": {}}
+    for mode, (title, temperature, top_p) in modes.items():
+        shared = tok, encoded, reward_models, config
         outputs = {}
         for name, model in models.items():
-            answers = generate_answers(
-                model, tok, encoded, config.max_new_tokens, temperature, config.seed
-            )
-            sequences = [answer.sequence for answer in answers]
-            texts = [text_after(tok, answer.prompt.tokens, answer.tokens) for answer in answers]
-            scores = {kind: score_sequences(rm, sequences) for kind, rm in reward_models.items()}
-            outputs[name] = ModelAnswers(answers, texts, scores)
+            outputs[name] = answer_prompts(model, *shared, temperature, top_p)
         results[mode] = {}
         for name, model in models.items():
             row = absolute_metrics(prompts, outputs[name])
             row |= comparison_metrics(prompts, outputs[name], outputs[against], config.seed)
             if mode == "sampled":  # the KL is an expectation over samples, not over greedy answers
-                row["kl"] = mean_kl(model, reference, outputs[name].answers, config.temperature)
+                own = outputs[name].answers
+                row["kl"] = mean_kl(model, models[against], own, config.temperature)
             results[mode][name] = row
-        print_table(mode if mode == "greedy" else f"sampled at T={temperature:g}", results[mode])
+        print_table(title, results[mode])
+        if mode == "chat":
+            cooled = answer_prompts(models[against], *shared, config.cooled, 1.0)
+            outputs[f"{against} at T={config.cooled:g}"] = cooled
+        results["direct"][mode] = compare_directly(prompts, outputs, names, against)
+        print_direct(title, results["direct"][mode])
     if config.json:
         write_json(config.json, results)
     return results

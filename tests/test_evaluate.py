@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,11 +10,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import llama2
 from bench import speed
 from bench.ghost import attention_weights
-from conftest import ARGS, EXACT, make_model, max_difference, write_jsonl
-from evaluate import answers, name_folders, percent_table, reward_models, scoreboard, wilson
-from llama2 import compute_freqs_cis, load, save
+from conftest import ARGS, EXACT, dialog, make_model, max_difference, write_jsonl
+from data.records import Answer, Prompt, user_message
+from evaluate import (
+    answers,
+    content,
+    conversations,
+    knowledge,
+    mean_by_content,
+    name_folders,
+    percent_table,
+    reward_models,
+    scoreboard,
+    wilson,
+)
+from llama2 import compute_freqs_cis, encode_dialog, load, save
+from tinytown.annotator import judge
 
 FACT = dict(topic="fact", name="Mira", attribute="pet", truth="goat", about="Mira's pet")
 SUM = dict(topic="sum", truth=7, about="3 + 4")
@@ -30,6 +45,16 @@ def test_wilson_interval_contains_the_true_rate_in_about_95_percent_of_samples()
     assert 0.93 < contained / 2000 < 0.975
     assert wilson(0, 10)[0] == pytest.approx(0)
     assert wilson(10, 10)[1] <= 1
+
+
+def test_prompts_with_the_same_content_count_as_one_sample():
+    other_words = dict(FACT, about="the pet of Mira")
+    prompts = [FACT, other_words, dict(SUM, about="3 plus 4"), SUM, TASK]
+    assert content(FACT) == content(other_words)
+    assert content(SUM) == content(prompts[2])
+    mean, error, n = mean_by_content(prompts, [1, 0, 1, 1, 0])
+    assert (mean, n) == (0.5, 3)  # of the means 0.5, 1 and 0
+    assert error == pytest.approx(0.5 / math.sqrt(3))
 
 
 def test_models_have_the_shortest_names_that_differ():
@@ -123,10 +148,124 @@ def test_scoreboard_gives_equal_models_equal_points(tmp_path, base, rm_folder, t
     config = scoreboard.Settings(
         folders=folders, prompts=held_out, max_new_tokens=5, **models, **EXACT
     )
-    row, same = scoreboard.main(config)["sampled"].values()
+    results = scoreboard.main(config)
+    row, same = results["sampled"].values()
     assert row["points"] == same["points"]
     assert row["wins"] == row["wins by safety"] == 0.5
     assert abs(row["kl"]) < 1e-3
+    (comparison,) = results["direct"]["greedy"].values()
+    assert (comparison["equal"], comparison["wins"], comparison["margin"]) == (1, 0.5, 0)
+    assert list(results["direct"]["chat"])[1].endswith(" at T=0.3")
+
+
+def test_direct_comparison_counts_points_and_ties():
+    prompts = [FACT, SUM, CRIME]
+    own = scoreboard.ModelAnswers([], ["Mira has a pet goat.", "8.", REFUSAL], {})
+    other = scoreboard.ModelAnswers([], ["Goose.", "3 plus 4 is 7.", REFUSAL], {})
+    metrics = scoreboard.compare_points(prompts, own, other)
+    third = pytest.approx(1 / 3)
+    assert [metrics[key] for key in ("better", "equal", "worse")] == [third] * 3
+    assert (metrics["wins"], metrics["contents"]) == (0.5, 3)
+
+
+def test_conversations_count_correct_answers_roles_and_repeats_by_turn(tmp_path, base, monkeypatch):
+    """The model reads its own answers, and the oldest turns are dropped when they do not fit."""
+    model, tok = load(base)
+    replies = iter(["3 plus 4 is 7.", "The fox says: 3 plus 4 is 7.", "Hm.", "Hm."])
+    dialogs_seen = []
+
+    def respond(model, tok, dialogs, *_, **__):
+        dialogs_seen.append([message["content"] for message in dialogs[0]])
+        assert len(encode_dialog(tok, dialogs[0])[0]) <= 256 - 90
+        return [next(replies)]
+
+    monkeypatch.setattr(conversations, "respond", respond)
+    long_prompt = dict(SUM, prompt="what is it " * 12)
+    prompts = [dict(SUM, prompt="What is 3 + 4?"), long_prompt, long_prompt, long_prompt]
+    path = str(write_jsonl(tmp_path / "c.jsonl", [dict(group="asked", prompts=prompts)]))
+    config = conversations.Settings(
+        folders=(str(base),), conversations=path, temperatures=(0.0,), **EXACT
+    )
+    (groups,) = conversations.main(config).values()
+    assert groups["asked"]["correct"] == [1, 1, 0, 0]
+    assert groups["asked"]["in role"] == [0, 1, 0, 0]
+    assert groups["asked"]["repeats"] == 0.25
+    assert dialogs_seen[1][:2] == ["What is 3 + 4?", "3 plus 4 is 7."]
+    assert "What is 3 + 4?" not in dialogs_seen[3]
+
+
+def test_conversation_scores_are_those_of_correct_answers(tmp_path, base, rm_folder, monkeypatch):
+    monkeypatch.setattr(conversations, "respond", lambda *_, **__: ["7.", "Hm."])
+    records = [dict(group="a", prompts=[dict(SUM, prompt="3 + 4?")])] * 2
+    path = str(write_jsonl(tmp_path / "c.jsonl", records))
+    reward_model, tok = load(rm_folder / "helpfulness")
+    config = conversations.Settings(
+        folders=(str(base),),
+        conversations=path,
+        rm=str(rm_folder / "helpfulness"),
+        temperatures=(0.0,),
+        **EXACT,
+    )
+    (groups,) = conversations.main(config).values()
+    (by_hand,) = llama2.score_dialogs(reward_model, tok, [dialog("3 + 4?", "7.")])
+    assert groups["a"]["score"] == pytest.approx([by_hand], abs=1e-5)
+    assert groups["a"]["correct"] == [0.5]
+
+
+def test_right_and_wrong_answers_differ_in_one_thing(town):
+    for prompt in town["held-out"][::5]:
+        texts = knowledge.right_and_wrong(prompt, seed=1)
+        if prompt["topic"] == "story":
+            assert texts is None
+            continue
+        right, wrong = (judge(prompt, text) for text in texts)
+        assert right["correct"]
+        assert not wrong["correct"]
+        if prompt["topic"] in ("fact", "sum"):
+            right_words, wrong_words = (text.split() for text in texts)
+            changed = [a != b for a, b in zip(right_words, wrong_words)]
+            assert len(right_words) == len(wrong_words)
+            assert sum(changed) == 1
+        if prompt["topic"] == "unsafe":
+            assert not wrong["refused"]
+
+
+def test_knowledge_of_a_judge_that_knows_the_truth_is_perfect(tmp_path, base, town, monkeypatch):
+    """And one that knows the opposite orders no pair: the table reads the right end of a score."""
+    path = str(write_jsonl(tmp_path / "p.jsonl", town["held-out"][::40]))
+    names = {"knows": 1, "opposite": -1}
+
+    def judge_by_truth(reward_models, chat, answers):
+        _, tok = load(base)
+        truths = {prompt["prompt"]: prompt for prompt in town["held-out"]}
+        values = []
+        for answer in answers:
+            text = llama2.text_after(tok, answer.prompt.tokens, answer.tokens)
+            values.append(float(judge(truths[answer.prompt.text], text)["correct"]))
+        return {name: [sign * value for value in values] for name, sign in names.items()}
+
+    monkeypatch.setattr(knowledge, "all_judges", judge_by_truth)
+    monkeypatch.setattr(knowledge, "load_fitting", lambda *_: None)
+    config = knowledge.Settings(
+        folders=("rm",), chat=str(base), asked=path, never_asked=path, samples=2, **EXACT
+    )
+    results = knowledge.main(config)
+    for fractions in results["pairs"]["never asked"].values():
+        assert fractions["knows"][0] == 1
+        assert fractions["opposite"][0] == 0
+    assert results["pairs"]["asked"] == results["pairs"]["never asked"]
+    assert set(results["best of K"]["asked"]) <= {"fact", "sum", "story"}
+
+
+def test_log_probability_of_an_answer_by_hand(base):
+    chat, tok = load(base)
+    prompt = encode_dialog(tok, [user_message("a")])[0]
+    whole = encode_dialog(tok, dialog("a", "the fox"))[0]
+    answer = Answer(Prompt("a", False, prompt), whole[len(prompt) :], finished=True)
+    (value,) = knowledge.log_probabilities(chat, [answer])
+    logprobs = chat(torch.tensor([whole]))[0].log_softmax(-1)
+    by_hand = sum(logprobs[t - 1, whole[t]].item() for t in range(len(prompt), len(whole)))
+    assert value == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_samples_of_ppo_are_judged_by_the_truth_at_each_step(tmp_path, inputs, town):

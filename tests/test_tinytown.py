@@ -251,3 +251,20 @@ def test_gwets_ac2_by_slow_loops_and_by_hand():
     chance = 2 * (5 / 8) * (3 / 8)
     by_hand = (3 / 4 - chance) / (1 - chance)
     assert annotator.gwet_ac2([[0, 0], [1, 1], [0, 0], [0, 1]], 2) == pytest.approx(by_hand)
+
+
+def test_conversation_tests_have_the_same_prompts_at_every_turn(town):
+    """Half of the conversations ask contents that dialogues ask, half ask held-out ones."""
+    for group in ("asked", "never asked"):
+        records = [record for record in town["conversations"] if record["group"] == group]
+        assert len(records) == 100
+        turns = list(zip(*(record["prompts"] for record in records)))
+        sets = [sorted(prompt["prompt"] for prompt in turn) for turn in turns]
+        assert len(turns) == 8
+        assert all(other == sets[0] for other in sets)
+    for record in town["conversations"]:
+        for prompt in record["prompts"]:
+            if prompt["topic"] == "fact":
+                key = (prompt["name"], prompt["attribute"])
+                held_out = record["group"] == "never asked"
+                assert (key in prompts.HELD_OUT["fact"]) == held_out

@@ -69,6 +69,7 @@ def every_file(seed: int, dialogues: int, noise: float) -> dict[str, list[dict]]
     files["long-dialogues"] = prompts.long_dialogues(residents, 540, 24, seed)
     files["instructions"] = prompts.instructions(prompts.TRAINED_KINDS)
     files["obedience"] = prompts.obedience_tests(residents, 40, 20, seed)
+    files["conversations"] = prompts.conversation_tests(residents, 100, 8, seed)
     files["replay"] = replay(texts, seed)
     # §4.2: adversarial prompts, and safety pre-prompts for context distillation.
     files["attacks"] = prompts.attacks(residents, 1200, seed)

@@ -341,6 +341,24 @@ def obedience_tests(residents, count: int, turns: int, seed: int = 1) -> list[di
     return records
 
 
+def conversation_tests(residents, count: int, turns: int, seed: int = 1) -> list[dict]:
+    """Ordinary conversations, without an instruction: [{"group", "prompts": [one per turn]}, ...].
+
+    group: "asked" has contents and wordings of the dialogues, "never asked" the held-out ones.
+    """
+    rng, records = random.Random(f"conversation tests {seed}"), []
+    topics, weights = ["fact", "sum", "story", "borderline", "unsafe"], [4, 2, 2, 2, 1]
+    for group, held_out in (("asked", False), ("never asked", True)):
+        prompts = []
+        for topic in rng.choices(topics, weights, k=count):
+            prompts.append(make_prompt(rng, residents, topic, held_out))
+        # As in `conversations`, every turn has the same set of prompts.
+        for i in range(count):
+            its_prompts = [prompts[(i + turn) % count] for turn in range(turns)]
+            records.append({"group": group, "prompts": its_prompts})
+    return records
+
+
 # ----------------------------------------------------------------------------- red teaming (§4.3)
 # fmt: off
 ATTACKS = {     # kind of attack -> wordings of the last message; the last third is held out

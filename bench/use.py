@@ -1,0 +1,71 @@
+"""How the models of paper.sh do in use, over several seeds: mean and standard deviation.
+
+    python -m bench.use [--seeds 1 2 3]
+
+Direct comparisons of versions, conversations of eight turns, and what the reward models know. It
+reads what paper.sh wrote: scoreboard.json, conversations.json and knowledge.json.
+"""
+
+import json
+
+from bench import append_rows, parse_args, print_table, run_paper
+
+
+def add_comparisons(columns: dict, direct: dict[str, dict]):
+    """Wins and ties of each pair of versions, in each way of sampling."""
+    for mode, comparisons in direct.items():
+        row = {pair: metrics["wins"] for pair, metrics in comparisons.items()}
+        ties = {f"{pair}, equal": metrics["equal"] for pair, metrics in comparisons.items()}
+        append_rows(columns, {mode: row | ties})
+
+
+def add_conversations(columns: dict, results: dict[str, dict]):
+    """Correct answers at the first, fourth and last turn; answers in a role; repeats."""
+    for name, groups in results.items():
+        for group, metrics in groups.items():
+            correct = metrics["correct"]
+            row = {f"correct at turn {turn}": correct[turn - 1] for turn in (1, 4, len(correct))}
+            row["in a role that nobody asked for"] = sum(metrics["in role"]) / len(correct)
+            row["repeats"] = metrics["repeats"]
+            append_rows(columns, {f"{name}, {group}": row})
+
+
+def add_scores(columns: dict, results: dict[str, dict]):
+    """The mean score of correct answers by turn."""
+    for name, groups in results.items():
+        for group, metrics in groups.items():
+            row = {f"turn {turn + 1}": score for turn, score in enumerate(metrics["score"])}
+            append_rows(columns, {f"{name}, {group}": row})
+
+
+def add_knowledge(columns: dict, results: dict[str, dict]):
+    """{judge: {"TOPIC, GROUP": fraction}} of one of the two tables of evaluate.knowledge."""
+    judges = {}
+    for group, topics in results.items():
+        for topic, fractions in topics.items():
+            for judge, (value, _) in fractions.items():
+                judges.setdefault(judge, {})[f"{topic}, {group}"] = value
+    append_rows(columns, judges)
+
+
+def main():
+    _, seeds = parse_args(__doc__)
+    direct, conversations, scores, pairs, best = {}, {}, {}, {}, {}
+    for seed in seeds:
+        start = run_paper(seed)
+        add_comparisons(direct, json.loads((start / "scoreboard.json").read_text())["direct"])
+        results = json.loads((start / "conversations.json").read_text())
+        add_conversations(conversations, results)
+        add_scores(scores, results)
+        results = json.loads((start / "knowledge.json").read_text())
+        add_knowledge(pairs, results["pairs"])
+        add_knowledge(best, results["best of K"])
+    print_table(f"wins and ties, %, seeds {seeds}", direct)
+    print_table(f"conversations, %, seeds {seeds}", conversations)
+    print_table(f"score of correct answers, seeds {seeds}", scores, "{:.2f}", scale=1)
+    print_table(f"right above wrong, %, seeds {seeds}", pairs)
+    print_table(f"right answers, best of K, %, seeds {seeds}", best)
+
+
+if __name__ == "__main__":
+    main()

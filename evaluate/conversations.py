@@ -1,0 +1,189 @@
+"""Ordinary conversations of eight turns: is the last answer as good as the first?
+
+    python -m evaluate.conversations out/sft out/rlhf/v5 out/gatt --rm out/rm/v5/helpfulness
+
+Nobody gives an instruction. The model reads its own earlier answers; when the context is full, the
+oldest turns are dropped, as in the chat. Half of the conversations ask what the dialogues of
+fine-tuning ask, half what they never ask. Every turn has the same set of prompts, so the turns can
+be compared. For each group and turn: the fraction of correct answers, and of those in a role. A
+role is a form of answer that some instruction asks for ("The fox says: ..."). Beside them, over all
+turns: repeats, wrong answers with the text of an earlier answer in the same conversation; and the
+mean score of a reward model for correct answers by turn, which should not fall.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+from common.run import load_fitting, run_script
+from common.settings import check_settings
+from common.tables import table
+from common.training import setup
+from data.records import assistant_message, read_objects, user_message
+from evaluate import name_folders, wilson
+from llama2 import (
+    Dtype,
+    RewardModel,
+    Tokenizer,
+    Transformer,
+    drop_oldest,
+    load,
+    respond,
+    score_dialogs,
+    write_json,
+)
+from tinytown.annotator import judge
+from tinytown.prompts import INSTRUCTIONS
+
+
+@dataclass
+class Settings:
+    # what is evaluated
+    folders: tuple = ()  # of chat models
+    conversations: str = "out/tinytown/conversations.jsonl"  # {"group", "prompts"}, one per line
+    rm: str = ""  # a helpfulness model, to score the correct answers
+    # how
+    temperatures: tuple = (0.0, 0.8)  # 0: greedy; above 0 with top-p 0.95, as the chat samples
+    max_new_tokens: int = 90  # longest answer, in tokens
+    seed: int = 1  # for sampling
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where it is faster
+    json: str = ""  # file to write the results to
+
+    POSITIONAL = "folders"  # given without --folders
+
+
+# Every kind of instruction has a rule, such as "The {v} says: ?", with a word in place of {v}.
+ROLE = re.compile("|".join(rule.replace("{v}", r"\w+") for *_, rule in INSTRUCTIONS.values()))
+
+
+@dataclass
+class Reply:
+    """One answer in a conversation."""
+
+    text: str
+    correct: bool
+    in_role: bool
+    repeated: bool
+    score: float | None = None  # of a reward model, for a correct answer
+
+
+def hold_conversations(
+    model: Transformer, tok: Tokenizer, records: list[dict], temperature: float, config: Settings
+) -> tuple[list[list[Reply]], list[list[list[dict]]]]:
+    """(replies[turn][conversation], the dialogues up to each of them)."""
+    histories, replies, dialogs = [[] for _ in records], [], []
+    for turn in range(len(records[0]["prompts"])):
+        for i, record in enumerate(records):
+            history = histories[i] + [user_message(record["prompts"][turn]["prompt"])]
+            context = model.args.max_seq_len
+            histories[i] = drop_oldest(tok, [], history, context, config.max_new_tokens)
+        texts = respond(
+            model,
+            tok,
+            histories,
+            config.max_new_tokens,
+            temperature,
+            config.seed + turn,
+            top_p=0.95 if temperature else 1.0,
+        )
+        replies.append([])
+        for i, (record, text) in enumerate(zip(records, texts)):
+            correct = judge(record["prompts"][turn], text)["correct"]
+            earlier = [reply[i].text for reply in replies[:-1]]
+            repeated = not correct and text in earlier
+            replies[-1].append(Reply(text, correct, bool(ROLE.match(text)), repeated))
+            histories[i] = histories[i] + [assistant_message(text or "...")]
+        dialogs.append(list(histories))
+    return replies, dialogs
+
+
+def score_correct(
+    reward_model: RewardModel, tok: Tokenizer, replies: list[list[Reply]], dialogs
+) -> None:
+    """Set the score of each correct reply."""
+    for of_turn, its_dialogs in zip(replies, dialogs):
+        correct = [i for i, reply in enumerate(of_turn) if reply.correct]
+        scores = score_dialogs(reward_model, tok, [its_dialogs[i] for i in correct])
+        for i, score in zip(correct, scores):
+            of_turn[i].score = score
+
+
+def measure(replies: list[list[Reply]], indices: list[int]) -> dict:
+    """Metrics of the conversations with these indices: lists have one value per turn."""
+    metrics = {"n": len(indices), "correct": [], "in role": [], "repeats": 0, "score": []}
+    for of_turn in replies:
+        own = [of_turn[i] for i in indices]
+        metrics["correct"].append(sum(reply.correct for reply in own) / len(own))
+        metrics["in role"].append(sum(reply.in_role for reply in own) / len(own))
+        metrics["repeats"] += sum(reply.repeated for reply in own)
+        scores = [reply.score for reply in own if reply.score is not None]
+        metrics["score"].append(sum(scores) / len(scores) if scores else None)
+    metrics["repeats"] /= len(indices) * len(replies)
+    return metrics
+
+
+def print_tables(results: dict[str, dict[str, dict]], n_turns: int):
+    """Print {model: {group: metrics}}: correct answers by turn, roles, repeats and scores."""
+    turns = [str(turn + 1) for turn in range(n_turns)]
+    rows = [["correct, at turn", "", *turns, "95% of the last", "in role", "repeats"]]
+    scores = [["score of correct answers, at turn", "", *turns]]
+    for name, groups in results.items():
+        for group, metrics in groups.items():
+            last, n = metrics["correct"][-1], metrics["n"]
+            low, high = wilson(last * n, n)
+            roles = sum(metrics["in role"]) / n_turns
+            cells = [f"{value:.0%}" for value in metrics["correct"]]
+            cells += [f"{low:.0%} to {high:.0%}", f"{roles:.1%}", f"{metrics['repeats']:.1%}"]
+            rows.append([group, name, *cells])
+            if any(score is not None for score in metrics["score"]):
+                cells = ["-" if score is None else f"{score:.2f}" for score in metrics["score"]]
+                scores.append([group, name, *cells])
+    print(table(rows))
+    if len(scores) > 1:
+        print("\n" + table(scores))
+
+
+def read_conversations(path) -> list[dict]:
+    """The conversations of a file. Raises ValueError unless all have the same number of turns."""
+    records = []
+    for where, record in read_objects(path, group=str, prompts=list):
+        if records and len(record["prompts"]) != len(records[0]["prompts"]):
+            raise ValueError(f"{where}: has another number of prompts than the first conversation")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}: has no conversation")
+    return records
+
+
+def main(config: Settings) -> dict:
+    """Print the tables; returns {model: {group: metrics}}."""
+    check_settings(config, may_be_zero=("temperatures",))
+    device, _, _ = setup(config.device)
+    if not config.folders:
+        raise ValueError("no models given: name their folders")
+    records = read_conversations(config.conversations)
+    groups = defaultdict(list)
+    for i, record in enumerate(records):
+        groups[record["group"]].append(i)
+
+    results = {}
+    for name, folder in name_folders(config.folders).items():
+        model, tok = load(folder, device, config.dtype, Transformer)
+        for temperature in config.temperatures:
+            replies, dialogs = hold_conversations(model, tok, records, temperature, config)
+            if config.rm:
+                reward_model = load_fitting(config.rm, RewardModel, model, tok, folder)
+                score_correct(reward_model, tok, replies, dialogs)
+            row = name if temperature == 0 else f"{name}, T={temperature:g}"
+            results[row] = {group: measure(replies, own) for group, own in groups.items()}
+    n_turns = len(records[0]["prompts"])
+    print(f"{len(records)} conversations of {config.conversations}, without an instruction")
+    print_tables(results, n_turns)
+    if config.json:
+        write_json(config.json, results)
+    return results
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, {})
