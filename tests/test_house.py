@@ -12,7 +12,7 @@ import train_sft
 from common.settings import describe_settings
 from conftest import ROOT
 from data import corpus, distillation, ghost_attention, preferences
-from evaluate import answers, reward_models, scoreboard
+from evaluate import answers, conversations, knowledge, reward_models, scoreboard
 
 SETTINGS = {  # command -> the module whose Settings are its options
     "train_pretrain.py": train_pretrain,
@@ -24,6 +24,8 @@ SETTINGS = {  # command -> the module whose Settings are its options
     "data.distillation": distillation,
     "data.ghost_attention": ghost_attention,
     "evaluate.answers": answers,
+    "evaluate.conversations": conversations,
+    "evaluate.knowledge": knowledge,
     "evaluate.reward_models": reward_models,
     "evaluate.scoreboard": scoreboard,
 }
