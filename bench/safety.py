@@ -1,7 +1,7 @@
 """Safety (§4.2, §4.3): context distillation, amount of safety data, one round of red teaming.
 
-python -m bench.safety distillation [--seeds 1 2 3]     with and without the gate (Fig. 16, 17)
-python -m bench.safety scaling        0 to 100% of the safety data (Fig. 14, 15, 33)
+python -m bench.safety distillation [--seeds 1 2 3]     with and without the gate (Fig. 16)
+python -m bench.safety scaling        0 to 100% of the safety data (Fig. 15, 33)
 python -m bench.safety red-team       successful attacks are added to the safety data
 """
 
