@@ -16,10 +16,18 @@ def read_town_prompts(path) -> list[dict]:
     """Tinytown's prompts with what its annotator needs to judge answers. Raises ValueError."""
     prompts = []
     for where, record in read_objects(path, prompt=str | list, topic=str):
-        if "truth" not in record or record["topic"] not in TOPICS:
-            raise ValueError(f"{where}: expected a prompt of Tinytown, with its topic and truth")
+        check_town_prompt(record, where)
         prompts.append(record)
+    if not prompts:
+        raise ValueError(f"{path}: has no prompt")
     return prompts
+
+
+def check_town_prompt(record, where: str):
+    """ValueError unless a record is a prompt of Tinytown with all that the annotator needs."""
+    known = isinstance(record, dict) and record.get("topic") in TOPICS
+    if not known or not {"prompt", "truth", "about"} <= record.keys():
+        raise ValueError(f"{where}: expected a prompt of Tinytown, with its topic and truth")
 
 
 def of_topic(*topics: str, attack: bool | None = None):

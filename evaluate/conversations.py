@@ -20,7 +20,7 @@ from common.settings import check_settings
 from common.tables import table
 from common.training import setup
 from data.records import assistant_message, read_objects, user_message
-from evaluate import name_folders, wilson
+from evaluate import check_town_prompt, name_folders, wilson
 from llama2 import (
     Dtype,
     RewardModel,
@@ -145,9 +145,11 @@ def print_tables(results: dict[str, dict[str, dict]], n_turns: int):
 
 
 def read_conversations(path) -> list[dict]:
-    """The conversations of a file. Raises ValueError unless all have the same number of turns."""
+    """The conversations of a file, which must all have the same number of turns, or ValueError."""
     records = []
     for where, record in read_objects(path, group=str, prompts=list):
+        for prompt in record["prompts"]:
+            check_town_prompt(prompt, where)
         if records and len(record["prompts"]) != len(records[0]["prompts"]):
             raise ValueError(f"{where}: has another number of prompts than the first conversation")
         records.append(record)
