@@ -17,7 +17,7 @@ VERSIONS = (1, 2, 3, 4)  # of rejection sampling
 def scoreboard(seeds):
     """The scoreboard of paper.sh, over seeds."""
     boards = [json.loads((run_paper(seed) / "scoreboard.json").read_text()) for seed in seeds]
-    for mode in boards[0]:
+    for mode in ("greedy", "chat", "sampled"):  # python -m bench.use prints "direct"
         percentages, others = {}, {}
         for board in boards:
             for name, metrics in board[mode].items():
