@@ -3,13 +3,16 @@
 python -m bench.rlhf seeds [--seeds 1 2 3]   the scoreboard: mean and standard deviation
 python -m bench.rlhf hacking                 PPO without the KL penalty: reward against truth
 python -m bench.rlhf forgetting              pool of all versions, or only the last version
-python -m bench.rlhf curves --seeds 1        reward by number of samples and by temperature
+python -m bench.rlhf curves                  reward by number of samples and by temperature
 """
 
 import json
 from pathlib import Path
 
 from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper, train
+from data.records import read_prompts
+from llama2 import load
+from train_rlhf import load_reward_models, sample_k
 
 VERSIONS = (1, 2, 3, 4)  # of rejection sampling
 
@@ -83,33 +86,25 @@ def forgetting(seeds):
 
 def curves(seeds):
     """Fig. 7: maximum and median reward of N samples. Fig. 8: the same by temperature."""
-    from data.records import read_prompts
-    from llama2 import load
-    from train_rlhf import Settings, load_reward_models, sample_k
-
-    start, config, columns = run_paper(seeds[0]), Settings(samples=64), {}
-    for name, folder in (("SFT", "sft"), ("V5", "rlhf/v5")):
-        policy, tok = load(start / folder)
-        reward_models = load_reward_models(start / "rm/v5", policy, tok, start / folder)
-        prompts = read_prompts([start / "tinytown/prompts-val.jsonl"], tok, 256)[:64]
-        for temperature in (0.6, 0.8, 1.0, 1.2, 1.4):
-            _, _, rewards = sample_k(
-                policy,
-                tok,
-                reward_models,
-                prompts,
-                config.samples,
-                config.max_new_tokens,
-                temperature,
-                seed=1,
-            )
-            row = {}
-            for n in (1, 2, 4, 8, 16, 32, 64):
-                first_n = rewards[:, :n]  # (prompts, n)
-                row[f"best of {n}"] = first_n.amax(1).mean().item()
-                row[f"median of {n}"] = first_n.median(1).values.mean().item()
-            columns[f"{name}, T={temperature}"] = [row]
-    print_table("logit(Rc), Fig. 7 and 8", columns, "{:.2f}", scale=1)
+    K, max_new_tokens, n_prompts = 64, 90, 64
+    columns = {}
+    for seed in seeds:
+        start = run_paper(seed)
+        for name, folder in (("SFT", "sft"), ("V5", "rlhf/v5")):
+            policy, tok = load(start / folder)
+            reward_models = load_reward_models(start / "rm/v5", policy, tok, start / folder)
+            prompts = read_prompts([start / "tinytown/prompts-val.jsonl"], tok, 256)[:n_prompts]
+            for temperature in (0.6, 0.8, 1.0, 1.2, 1.4):
+                sampling = K, max_new_tokens, temperature, seed
+                _, _, rewards = sample_k(policy, tok, reward_models, prompts, *sampling)
+                row = {}
+                for n in (1, 4, 16, 64):
+                    first_n = rewards[:, :n]  # (prompts, n)
+                    row[f"maximum of {n}"] = first_n.amax(1).mean().item()
+                    row[f"median of {n}"] = first_n.quantile(0.5, 1).mean().item()
+                append_rows(columns, {f"{name}, T={temperature}": row})
+    title = f"logit(Rc) by number of samples and temperature, seeds {seeds}"
+    print_table(title, columns, "{:.2f}", scale=1)
     Path(OUT / "curves.json").write_text(json.dumps(columns, indent=1))
 
 
