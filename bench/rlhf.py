@@ -1,6 +1,7 @@
 """RLHF (§3.2.3, §3.4): the scoreboard over several seeds, reward hacking, forgetting, Fig. 7 and 8.
 
 python -m bench.rlhf seeds [--seeds 1 2 3]   the scoreboard: mean and standard deviation
+python -m bench.rlhf control                 V5 by PPO against V5 by rejection sampling
 python -m bench.rlhf hacking                 PPO without the KL penalty: reward against truth
 python -m bench.rlhf forgetting              pool of all versions, or only the last version
 python -m bench.rlhf curves                  reward by number of samples and by temperature
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 
 from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper, train
-from data.records import read_prompts
+from data.records import read_json, read_prompts, write_records
 from llama2 import load
 from train_rlhf import load_reward_models, sample_k
 
@@ -84,6 +85,29 @@ def forgetting(seeds):
     print_table(f"right answers by topic, %, seeds {seeds}", columns)
 
 
+def control(seeds):
+    """V5 by rejection sampling with as many samples as PPO: is it PPO that makes V5 better?"""
+    ppo_samples, K = 60 * 128, 8
+    columns = {}
+    for seed in seeds:
+        start, out = run_paper(seed), OUT / f"control/{seed}/rejection"
+        versions = [start / f"rlhf/v{version}" for version in VERSIONS]
+        prompts = [record for _, record in read_json(start / "tinytown/prompts-v5.jsonl")]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_records(out.parent / "prompts.jsonl", prompts[: ppo_samples // K])
+        models = ["--init", versions[-1], "--rm", start / "rm/v5", "--earlier", *versions]
+        data = ["--prompts", out.parent / "prompts.jsonl", "--samples", K]
+        train("train_rlhf.py", *models, *data, "--seed", seed, "--out", out)
+        options = ["--against", start / "sft", "--rm", start / "rm/v5"]
+        options += ["--prompts", start / "tinytown/held-out.jsonl"]
+        folders = [versions[-1], out, start / "rlhf/v5"]
+        direct = evaluate("evaluate.scoreboard", *folders, *options)["direct"]
+        for mode, comparisons in direct.items():
+            row = {pair: metrics["wins"] for pair, metrics in comparisons.items()}
+            append_rows(columns, {mode: row})
+    print_table(f"wins, ties half, %, seeds {seeds}", columns)
+
+
 def curves(seeds):
     """Fig. 7: maximum and median reward of N samples. Fig. 8: the same by temperature."""
     K, max_new_tokens, n_prompts = 64, 90, 64
@@ -109,7 +133,13 @@ def curves(seeds):
 
 
 def main():
-    parts = {"seeds": scoreboard, "hacking": hacking, "forgetting": forgetting, "curves": curves}
+    parts = {
+        "seeds": scoreboard,
+        "control": control,
+        "hacking": hacking,
+        "forgetting": forgetting,
+        "curves": curves,
+    }
     part, seeds = parse_args(__doc__, parts)
     parts[part](seeds)
 
