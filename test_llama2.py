@@ -416,7 +416,7 @@ def test_learning_rate_warms_up_and_decays_to_a_tenth_by_hand(capsys):
     training.warn_without_peak(3, 4)
     assert capsys.readouterr().out == ""
     training.warn_without_peak(9, 4)
-    assert "--warmup-steps 9: with 4 steps in total" in capsys.readouterr().out
+    assert "never reaches its peak: 9 steps of warm-up, 4 in total" in capsys.readouterr().out
 
 
 def test_adamw_has_the_settings_of_the_paper_and_decays_matrices_only():

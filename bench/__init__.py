@@ -25,7 +25,13 @@ def parse_args(description: str, parts=()):
     )
     if parts:
         parser.add_argument("part", choices=parts)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="paper.sh runs for each (about 20 minutes) unless out/bench has it (default: 1 2 3)",
+    )
     args = parser.parse_args()
     return getattr(args, "part", None), args.seeds
 

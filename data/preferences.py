@@ -166,6 +166,11 @@ def ask_comparison(pair) -> dict:
 
 def label_by_person(pairs, path: Path):
     """Label pairs one by one. Each label is saved at once, and the next call continues there."""
+    n_equal = len(pairs)
+    pairs = [pair for pair in pairs if pair["a"].split() != pair["b"].split()]
+    n_equal -= len(pairs)
+    if n_equal:
+        print(f"{n_equal} pairs of equal answers are not shown: they teach a reward model nothing")
     done = []
     if path.exists():
         done = [record for _, record in read_objects(path, chosen=str, rejected=str)]
@@ -176,8 +181,9 @@ def label_by_person(pairs, path: Path):
             write_records(path, done)
     except (EOFError, KeyboardInterrupt):
         pass
+    rest = "the same command continues, and " if len(done) < len(pairs) else ""
     print(
-        f"\n{len(done)} of {len(pairs)} compared, in {path}: the same command continues, and "
+        f"\n{len(done)} of {len(pairs)} compared, in {path}: {rest}"
         f"python train_rm.py --data {path} trains on them"
     )
 
@@ -200,6 +206,8 @@ def main(config: Settings):
     check_settings(config, may_be_zero=("blend", "temperatures"), at_most_one=("blend",))
     device, rank, _ = setup(config.device)
     person = config.annotator == "person"
+    if Path(config.out).suffix != ".jsonl":
+        raise ValueError(f"--out {config.out}: expected a name that ends with .jsonl")
     # A person labels one pair at a time, so the answers are kept in a file of their own.
     path = Path(f"{config.out}.pairs.jsonl") if person else Path(config.out)
     files = data_paths(config.prompts) + checkpoint_files(config.chat, config.other)
@@ -214,8 +222,10 @@ def main(config: Settings):
     else:
         records = make_pairs(config, device, rank)
         if is_main():
-            if person:  # --overwrite also deletes the labels of the old answers
-                Path(config.out).unlink(missing_ok=True)
+            if person and Path(config.out).exists():
+                # --overwrite: labels of the old answers do not belong to the new ones.
+                Path(config.out).replace(f"{config.out}.old")
+                print0(f"the labels of the old answers are in {config.out}.old")
             output.write(write_records, records)
         print0(f"{len(records):,} pairs in {path}")
     if person and is_main():

@@ -20,8 +20,15 @@ from common.settings import check_settings
 from common.tables import table
 from common.training import setup
 from data.ghost_attention import obeys
-from data.records import prompt_to_messages, read_objects, user_message
-from evaluate import fraction, name_folders, of_topic, percent_table, read_town_prompts
+from data.records import prompt_to_messages, read_objects, to_instruction, user_message
+from evaluate import (
+    check_town_prompt,
+    fraction,
+    name_folders,
+    of_topic,
+    percent_table,
+    read_town_prompts,
+)
 from llama2 import Dtype, Tokenizer, Transformer, encode_dialog, generate, load, respond, write_json
 from tinytown.annotator import judge, quality, without_instructed_text
 from tinytown.prompts import TOPICS
@@ -170,6 +177,9 @@ def evaluate_obedience(config: Settings, device) -> dict:
     for where, record in read_objects(config.obedience, **fields):
         if len(record["prompts"]) < max(TURNS):
             raise ValueError(f"{where}: has {len(record['prompts'])} prompts, needs {max(TURNS)}")
+        for prompt in record["prompts"]:
+            check_town_prompt(prompt, where)
+        record["rules"] = [to_instruction(rule) for rule in record["rules"]]
         groups[record["group"]].append(record)
     groups = {name: records[: config.count] for name, records in groups.items()}
 

@@ -150,6 +150,10 @@ def read_conversations(path) -> list[dict]:
     for where, record in read_objects(path, group=str, prompts=list):
         for prompt in record["prompts"]:
             check_town_prompt(prompt, where)
+            if not isinstance(prompt["prompt"], str):
+                raise ValueError(f"{where}: expected prompts of one message, as text")
+        if not record["prompts"]:
+            raise ValueError(f"{where}: has no prompts")
         if records and len(record["prompts"]) != len(records[0]["prompts"]):
             raise ValueError(f"{where}: has another number of prompts than the first conversation")
         records.append(record)

@@ -141,6 +141,8 @@ def best_of_k(reward_models, chat: Transformer, tok: Tokenizer, prompts, config:
     """{topic: {judge, "random" or "oracle": (fraction of right answers, contents)}}."""
     K = config.samples
     prompts = [prompt for prompt in prompts if prompt["topic"] in ("fact", "sum", "story")]
+    if not prompts:
+        raise ValueError("--asked and --never-asked: expected prompts for facts, sums or stories")
     encoded = [to_prompt(prompt, tok, chat.args.max_seq_len) for prompt in prompts]
     repeated = [prompt for prompt in encoded for _ in range(K)]
     answers = generate_answers(

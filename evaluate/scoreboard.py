@@ -226,6 +226,8 @@ def main(config: Settings) -> dict:
     results["direct"] has {mode: {"A - B": metrics of compare_points}}.
     """
     check_settings(config)
+    if not config.folders:
+        raise ValueError("no models given: name their folders")
     device, _, _ = setup(config.device)
     models, against, tok, reward_models = load_models(config, device)
     prompts = read_town_prompts(config.prompts)

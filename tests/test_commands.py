@@ -119,11 +119,29 @@ def test_a_bad_setting_is_one_line_and_deletes_no_finished_run(
         script, config = corpus, corpus.Settings(data=(inputs.text,), out=str(tmp_path / "out"))
     else:
         script, config = stage(name, inputs, tmp_path / "out")
-    model = model_folder(config) / "consolidated.00.pth"
-    model.parent.mkdir(parents=True)
-    model.write_bytes(b"finished")
+    result = "text.train.00000.bin" if name == "corpus" else "consolidated.00.pth"
+    result = model_folder(config) / result
+    result.parent.mkdir(parents=True)
+    result.write_bytes(b"finished")
+    if name != "corpus":
+        (result.parent / "config.json").write_text("{}")
     expect_error(script, replace(config, overwrite=True, **changes), *words)
-    assert model.read_bytes() == b"finished"
+    assert result.read_bytes() == b"finished"
+
+
+def test_no_command_writes_into_a_folder_of_other_files(tmp_path, inputs, expect_error):
+    """Not even with --overwrite: tokens into a model's folder, a model beside a tokenizer."""
+    model, tokens = tmp_path / "model", tmp_path / "tokens"
+    model.mkdir()
+    (model / "consolidated.00.pth").write_bytes(b"weights")
+    config = corpus.Settings(data=(inputs.text,), out=str(model), overwrite=True)
+    expect_error(corpus, config, "holds a model", "choose another folder")
+    tokens.mkdir()
+    (tokens / "tokenizer.model").write_bytes(b"tokenizer")
+    script, config = stage("sft", inputs, tokens, overwrite=True)
+    expect_error(script, config, "holds tokenizer.model", "choose another --out")
+    assert (tokens / "tokenizer.model").read_bytes() == b"tokenizer"
+    assert list(model.iterdir()) == [model / "consolidated.00.pth"]
 
 
 GOOD_LINE = b'{"text": "a fox"}\n'

@@ -1,5 +1,6 @@
 """The commands that make data with models: preferences and Ghost Attention."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,17 +79,19 @@ def test_a_person_can_label_pairs_and_continue_later(tmp_path, inputs, monkeypat
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", type_next)
-    monkeypatch.setattr(preferences, "respond", lambda m, t, dialogs, *_: ["x y"] * len(dialogs))
+    answers = itertools.cycle([["x y", "x", "z"], ["y x", "y", "z"]])  # the last pair is equal
+    monkeypatch.setattr(preferences, "answer_all", lambda *_: next(answers))
     preferences.main(config)
+    assert "1 pairs of equal answers are not shown" in capsys.readouterr().out
     pair = read(tmp_path / "labels.jsonl.pairs.jsonl")[0]
     label = dict(prompt="p0", chosen=pair["b"], rejected=pair["a"], rating="better", kind="safety")
     assert read(out) == [label | dict(chosen_safe=True, rejected_safe=False)]
     typed = iter(["a", "1", "y", "y"] * 2)
     preferences.main(config)
-    assert [record["prompt"] for record in read(out)] == ["p0", "p1", "p2"]
+    assert [record["prompt"] for record in read(out)] == ["p0", "p1"]
     kinds = [record["kind"] for record in read(out)]
-    assert kinds == ["safety", "helpfulness", "helpfulness"]
-    assert "3 of 3 compared" in capsys.readouterr().out
+    assert kinds == ["safety", "helpfulness"]
+    assert "2 of 2 compared" in capsys.readouterr().out
     other = write_jsonl(tmp_path / "other.jsonl", [dict(prompt="new")])
     with pytest.raises(ValueError, match="made with other settings: prompts was"):
         preferences.main(replace(config, prompts=(str(other),)))
@@ -96,6 +99,11 @@ def test_a_person_can_label_pairs_and_continue_later(tmp_path, inputs, monkeypat
     with pytest.raises(ValueError, match="other.jsonl exists and has no labels"):
         preferences.main(replace(config, out=str(other)))
     assert other.read_bytes() == before
+    labels = out.read_bytes()
+    typed = iter([])  # new answers, and nobody labels them
+    preferences.main(replace(config, seed=5, overwrite=True))
+    assert not out.exists()
+    assert Path(f"{out}.old").read_bytes() == labels
 
 
 def test_pairs_without_an_annotator_have_no_label(tmp_path, inputs):

@@ -118,7 +118,7 @@ def test_obedience_is_measured_in_dialogues_with_the_models_own_answers(
 
     monkeypatch.setattr(answers, "respond", respond)
     prompts = [dict(SUM, prompt=f"q{turn}") for turn in range(20)]
-    rules = [dict(kind="animal", obeyed_if=[r"^The fox says: ?"])]
+    rules = [dict(instruction="Be the fox.", kind="animal", obeyed_if=r"^The fox says: ?")]
     record = dict(group="trained", instruction="Be the fox.", rules=rules, prompts=prompts)
     path = str(write_jsonl(tmp_path / "o.jsonl", [record, record]))
     config = answers.Settings(folders=(str(base),), obedience=path, max_new_tokens=9, **EXACT)

@@ -318,3 +318,22 @@ def test_written_answers_are_read_back_with_the_same_tokens(tmp_path, tok):
     path = write_jsonl(tmp_path / "best.jsonl", [record])
     assert records.read_answers([path], tok, 64) == [answer]
     assert train_sft.encode_example(record, tok, 64).tokens == whole
+
+
+@pytest.mark.parametrize("before", [["q"], ["q", "a", "p"], ["p"]])
+def test_a_prompt_and_messages_before_the_answer_give_the_longer_dialogue(before):
+    prompt = dialog("q", "a", "p", system="s")
+    record = dict(prompt=prompt, chosen=dialog(*before, "b"), rejected=dialog(*before, "c"))
+    if before == ["q"]:  # neither the beginning, which has a system message, nor the end
+        with pytest.raises(ValueError, match='"prompt" and the messages in "chosen"'):
+            records.to_pair(record)
+    else:
+        assert records.to_pair(record).messages == prompt
+
+
+def test_dialogues_in_one_text_are_refused_and_history_gets_no_loss():
+    with pytest.raises(ValueError, match=r'"text" contains \[INST\]'):
+        records.to_text({"text": "<s>[INST] hi [/INST] yes </s>"})
+    record = dict(prompt="q", answer="a", history=[["p", "b"]])
+    weights = [message.get("weight", 1) for message in records.to_messages(record)]
+    assert weights == [0, 0, 0, 1]
