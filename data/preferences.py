@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from common.run import Output, checkpoint_files, load_fitting, run_script
+from common.run import Output, check_jsonl, checkpoint_files, load_fitting, run_script
 from common.settings import check_settings
 from common.training import all_gather, is_main, local_part, print0, setup
 from data.formats import RATINGS
@@ -166,9 +166,8 @@ def ask_comparison(pair) -> dict:
 
 def label_by_person(pairs, path: Path):
     """Label pairs one by one. Each label is saved at once, and the next call continues there."""
-    n_equal = len(pairs)
-    pairs = [pair for pair in pairs if pair["a"].split() != pair["b"].split()]
-    n_equal -= len(pairs)
+    different = [pair for pair in pairs if pair["a"].split() != pair["b"].split()]
+    n_equal, pairs = len(pairs) - len(different), different
     if n_equal:
         print(f"{n_equal} pairs of equal answers are not shown: they teach a reward model nothing")
     done = []
@@ -206,8 +205,7 @@ def main(config: Settings):
     check_settings(config, may_be_zero=("blend", "temperatures"), at_most_one=("blend",))
     device, rank, _ = setup(config.device)
     person = config.annotator == "person"
-    if Path(config.out).suffix != ".jsonl":
-        raise ValueError(f"--out {config.out}: expected a name that ends with .jsonl")
+    check_jsonl(config.out)
     # A person labels one pair at a time, so the answers are kept in a file of their own.
     path = Path(f"{config.out}.pairs.jsonl") if person else Path(config.out)
     files = data_paths(config.prompts) + checkpoint_files(config.chat, config.other)

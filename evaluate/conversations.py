@@ -68,7 +68,7 @@ class Reply:
     score: float | None = None  # of a reward model, for a correct answer
 
 
-def hold_conversations(
+def answer_turns(
     model: Transformer, tok: Tokenizer, records: list[dict], temperature: float, config: Settings
 ) -> tuple[list[list[Reply]], list[list[list[dict]]]]:
     """(replies[turn][conversation], the dialogues up to each of them)."""
@@ -176,10 +176,11 @@ def main(config: Settings) -> dict:
     results = {}
     for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, config.dtype, Transformer)
+        if config.rm:
+            reward_model = load_fitting(config.rm, RewardModel, model, tok, folder)
         for temperature in config.temperatures:
-            replies, dialogs = hold_conversations(model, tok, records, temperature, config)
+            replies, dialogs = answer_turns(model, tok, records, temperature, config)
             if config.rm:
-                reward_model = load_fitting(config.rm, RewardModel, model, tok, folder)
                 score_correct(reward_model, tok, replies, dialogs)
             row = name if temperature == 0 else f"{name}, T={temperature:g}"
             results[row] = {group: measure(replies, own) for group, own in groups.items()}

@@ -113,6 +113,17 @@ def all_judges(reward_models: dict[str, RewardModel], chat: Transformer, answers
 
 
 # ----------------------------------------------------------------------------------------- tables
+def by_topic(prompts: list[dict], values: dict[str, list[float]]) -> dict[str, dict]:
+    """{topic: {name: (mean over contents, number of contents)}} of one value per prompt."""
+    results = defaultdict(dict)
+    for topic in dict.fromkeys(prompt["topic"] for prompt in prompts):
+        own = [i for i, prompt in enumerate(prompts) if prompt["topic"] == topic]
+        for name, its_values in values.items():
+            mean, _, n = mean_by_content([prompts[i] for i in own], [its_values[i] for i in own])
+            results[topic][name] = mean, n
+    return results
+
+
 def order_pairs(reward_models, chat: Transformer, tok: Tokenizer, prompts, seed) -> dict:
     """{topic: {judge: (fraction of pairs with the right answer above the wrong one, contents)}}."""
     pairs, answers = [], []
@@ -126,15 +137,10 @@ def order_pairs(reward_models, chat: Transformer, tok: Tokenizer, prompts, seed)
             dialog = prompt_to_messages(prompt["prompt"]) + [assistant_message(text)]
             tokens = encode_dialog(tok, dialog)[0]
             answers.append(Answer(encoded, tokens[len(encoded.tokens) :], finished=True))
-    results = defaultdict(dict)
+    ordered = {}
     for name, values in all_judges(reward_models, chat, answers).items():
-        right_above = [float(right > wrong) for right, wrong in zip(values[0::2], values[1::2])]
-        for topic in dict.fromkeys(prompt["topic"] for prompt in pairs):
-            own = [i for i, prompt in enumerate(pairs) if prompt["topic"] == topic]
-            of_topic = [pairs[i] for i in own]
-            value, _, n = mean_by_content(of_topic, [right_above[i] for i in own])
-            results[topic][name] = value, n
-    return results
+        ordered[name] = [float(right > wrong) for right, wrong in zip(values[0::2], values[1::2])]
+    return by_topic(pairs, ordered)
 
 
 def best_of_k(reward_models, chat: Transformer, tok: Tokenizer, prompts, config: Settings) -> dict:
@@ -161,14 +167,7 @@ def best_of_k(reward_models, chat: Transformer, tok: Tokenizer, prompts, config:
             its_values = values[i * K : (i + 1) * K]
             chosen[name].append(float(own[its_values.index(max(its_values))]))
     chosen["oracle"] = [float(any(own)) for own in correct]
-    results = defaultdict(dict)
-    for topic in dict.fromkeys(prompt["topic"] for prompt in prompts):
-        own = [i for i, prompt in enumerate(prompts) if prompt["topic"] == topic]
-        for name, values in chosen.items():
-            of_topic = [prompts[i] for i in own]
-            value, _, n = mean_by_content(of_topic, [values[i] for i in own])
-            results[topic][name] = value, n
-    return results
+    return by_topic(prompts, chosen)
 
 
 def print_table(title: str, results: dict[str, dict]):

@@ -153,9 +153,12 @@ def compare_directly(prompts: list[dict], outputs: dict, names: list[str], again
     """{"A - B": metrics}: each model with the one before it, and the last one with --against."""
     pairs = list(zip(names[1:], names))
     for other in (against, *(name for name in outputs if name not in names)):
-        if other in outputs and (names[-1], other) not in pairs and names[-1] != other:
-            pairs.append((names[-1], other))
-    return {f"{a} - {b}": compare_points(prompts, outputs[a], outputs[b]) for a, b in pairs}
+        pairs.append((names[-1], other))
+    comparisons = {}
+    for a, b in pairs:
+        if a != b:
+            comparisons[f"{a} - {b}"] = compare_points(prompts, outputs[a], outputs[b])
+    return comparisons
 
 
 def print_direct(title: str, comparisons: dict[str, dict]):
