@@ -11,7 +11,7 @@ OUT=${OUT:-out} SEED=${SEED:-1} TOWN=${OUT:-out}/tinytown
 # say: print a command and run it. run: the same with the seed. examine: an evaluation, whose table
 # also goes to the summary. $threads is empty (all cores) or OMP_NUM_THREADS=...
 say() { printf '\n== %s s: %s\n' $SECONDS "$*"; env $threads ${PYTHON:-python3} "$@"; }
-run() { say "$@" --seed "$SEED"; }
+run() { say "$@" --seed "$seed"; }
 examine() { run -m "$@" | tee -a "$summary"; }
 
 # Run functions one after another in the background, with their own log and summary. `set -m` gives
@@ -27,7 +27,7 @@ in_background() {
 }
 wait_for_background() { wait $background || { cat "$OUT/beside.log"; exit 1; }; }
 
-summary=$OUT/summary.txt threads=
+summary=$OUT/summary.txt threads= seed=$SEED
 mkdir -p "$OUT" && rm -f "$OUT"/summary*.txt
 
 # Tinytown: texts, dialogues and prompts of a toy world whose facts are known.
@@ -41,7 +41,8 @@ run train_pretrain.py --resume --data "$OUT/pretrain/tokens" --out "$OUT/pretrai
 examine evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
 
 # §3.1: supervised fine-tuning on dialogues makes it a chat model.
-run train_sft.py --resume --init "$OUT/pretrain" --data "$TOWN/dialogues.jsonl" --out "$OUT/sft"
+run train_sft.py --resume --init "$OUT/pretrain" --out "$OUT/sft" \
+    --data "$TOWN/dialogues.jsonl" "$TOWN/replay.jsonl:2"
 examine evaluate.answers "$OUT/pretrain" "$OUT/sft" --prompts "$TOWN/held-out.jsonl" --show 1
 
 # §3.2: five rounds of RLHF, V1 to V5. In each, the two newest models answer and the annotator
@@ -50,14 +51,15 @@ examine evaluate.answers "$OUT/pretrain" "$OUT/sft" --prompts "$TOWN/held-out.js
 chat=$OUT/sft other=$OUT/pretrain
 blend=0.7       # before V1: the other model's weights are 70% of the way from --other to --chat
 helpfulness=$OUT/sft safety=$OUT/sft rm_lr=5e-4
+contrasts=$TOWN/contrasts.jsonl     # pairs that annotators wrote; later rounds see a third of them
 replay=() earlier=()
 a_round() {
-    v=$1
+    v=$1 seed=$((100 * SEED + $1))      # each round has random numbers of its own
     run -m data.preferences --chat "$chat" --other "$other" --blend $blend \
         --prompts "$TOWN/compare-v$v.jsonl" --out "$OUT/preferences/v$v.jsonl"
     for kind in helpfulness safety; do
         run train_rm.py --resume --kind $kind --init "${!kind}" --lr $rm_lr --out "$OUT/rm/v$v" \
-            --data "$OUT/preferences/v$v.jsonl" "${replay[@]}"
+            --data "$OUT/preferences/v$v.jsonl" "$contrasts" "${replay[@]}"
     done
     method=rejection-sampling
     if [ $v = 5 ]; then method=ppo; fi          # V5 continues from the result of rejection sampling
@@ -67,6 +69,7 @@ a_round() {
     other=$chat chat=$OUT/rlhf/v$v blend=0
     helpfulness=$OUT/rm/v$v/helpfulness safety=$OUT/rm/v$v/safety rm_lr=3e-4
     replay+=("$OUT/preferences/v$v.jsonl:0.15") earlier+=("$OUT/rlhf/v$v")
+    contrasts=$TOWN/contrasts.jsonl:0.3 seed=$SEED
 }
 for v in 1 2 3 4; do a_round $v; done
 
@@ -84,13 +87,14 @@ table_8() {
 ghost_attention() {
     ordinary=("$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl")
     run train_sft.py --resume --no-pack --init "$OUT/rlhf/v3" --seq-len 1024 --epochs 1 \
-        --data "$TOWN/instructed.jsonl" "$TOWN/long-dialogues.jsonl:0.2" "${ordinary[@]}" \
-        --out "$OUT/instructed"
+        --batch-size 4 --out "$OUT/instructed" --data "$TOWN/instructed.jsonl" \
+        "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl:0.2" "${ordinary[@]}"
     run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
         --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
     run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
-        --data "$OUT/gatt/dialogues.jsonl" "$TOWN/instructed.jsonl:0.2" "${ordinary[@]}" \
-        --batch-size 8 --out "$OUT/gatt"
+        --batch-size 8 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl" \
+        "$TOWN/instructed.jsonl:0.2" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl" \
+        "${ordinary[@]}"
     examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --max-new-tokens 48 \
         --obedience "$TOWN/obedience.jsonl"
     examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
@@ -104,7 +108,7 @@ a_round 5
 wait_for_background
 threads=
 examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
-examine evaluate.scoreboard "$OUT/pretrain" "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} \
+examine evaluate.scoreboard "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} \
     --against "$OUT/sft" --rm "$OUT/rm/v5" --prompts "$TOWN/held-out.jsonl" \
     --json "$OUT/scoreboard.json"
 cat "$OUT/summary-beside.txt" >> "$summary"
@@ -114,7 +118,7 @@ examine evaluate.conversations "$OUT/sft" "$OUT/rlhf/v5" "$OUT/gatt" --temperatu
     --rm "$OUT/rm/v5/helpfulness" --conversations "$TOWN/conversations.jsonl" \
     --json "$OUT/conversations.json"
 examine evaluate.knowledge "$OUT/rm/v1/helpfulness" "$OUT/rm/v5/helpfulness" --chat "$OUT/sft" \
-    --asked "$TOWN/compare-test.jsonl" --never-asked "$TOWN/held-out.jsonl" \
+    --asked "$TOWN/compare-v5.jsonl" --never-asked "$TOWN/held-out.jsonl" \
     --json "$OUT/knowledge.json"
 
 printf '\n\nAll results:\n'

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from common.run import Output, checkpoint_files, load_fitting, run_script
 from common.settings import check_settings
-from common.training import all_gather, is_main, local_part, print0, setup
+from common.training import all_gather, derive_seed, is_main, local_part, print0, setup
 from data.records import (
     SkipRecord,
     assistant_message,
@@ -144,7 +144,7 @@ def main(config: Settings):
 
     pairs = local_part(read_and_count(config.data, parse, config.skip_bad, "prompt"))
     prompts, prefixed = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    seed = config.seed + 1000 * rank
+    seed = derive_seed(config.seed, "distillation", rank)
     records = all_gather(distill(model, tok, safety_model, prompts, prefixed, seed, config))
 
     counts = Counter(record["improved"] for record in records)

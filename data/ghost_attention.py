@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from common.run import Output, checkpoint_files, run_script
 from common.settings import check_settings
-from common.training import all_gather, is_main, local_part, print0, setup
+from common.training import all_gather, derive_seed, is_main, local_part, print0, setup
 from data.formats import combine_instructions
 from data.records import (
     assistant_message,
@@ -127,7 +127,7 @@ def sample_dialogs(
                 prompt = instruct_every_message(text, turns, question)
             prompts.append(prompt)
         answers = respond(
-            model, tok, prompts, config.max_new_tokens, config.temperature, seed + turn
+            model, tok, prompts, config.max_new_tokens, config.temperature, derive_seed(seed, turn)
         )
         for i, answer in zip(active, answers):
             _, its_instructions = instructions[i]
@@ -171,7 +171,7 @@ def main(config: Settings):
     rng = random.Random(f"instructions {config.seed}")
     instructions = [combine_instructions(rng, available) for _ in questions]
 
-    seed = 1000 * config.seed + 100 * rank  # each process samples for its own part
+    seed = derive_seed(config.seed, "ghost attention", rank)  # each process has its own part
     dialogs, disobeyed = sample_dialogs(
         model, tok, local_part(questions), local_part(instructions), seed, config
     )

@@ -23,9 +23,11 @@ from typing import Literal
 
 from common.run import Output, check_jsonl, checkpoint_files, load_fitting, run_script
 from common.settings import check_settings
-from common.training import all_gather, is_main, local_part, print0, setup
+from common.training import all_gather, derive_seed, is_main, local_part, print0, setup
 from data.formats import RATINGS
 from data.records import (
+    Prompt,
+    answer_again,
     data_paths,
     prompt_to_messages,
     read_and_count,
@@ -71,7 +73,7 @@ def interpolate(chat: Transformer, other: Transformer, blend: float) -> Transfor
 
 
 def answer_all(
-    model: Transformer, tok: Tokenizer, prompts, seed: int, config: Settings
+    model: Transformer, tok: Tokenizer, prompts: list[Prompt], seed: int, config: Settings
 ) -> list[str]:
     """One answer to each prompt, at a temperature drawn for the prompt."""
     rng = random.Random(seed)
@@ -79,7 +81,7 @@ def answer_all(
     texts = [""] * len(prompts)
     for temperature in config.temperatures:
         indices = [i for i in range(len(prompts)) if temperatures[i] == temperature]
-        dialogs = [prompt_to_messages(prompts[i]["prompt"]) for i in indices]
+        dialogs = [prompt_to_messages(prompts[i].text) for i in indices]
         answers = respond(model, tok, dialogs, config.max_new_tokens, temperature, seed)
         for i, answer in zip(indices, answers):
             texts[i] = answer
@@ -91,8 +93,8 @@ def generate_pairs(
 ) -> list[list[str]]:
     """[[answer a, answer b], ...], one from each variant, in random order."""
     rng = random.Random(seed)
-    first = answer_all(variants[0], tok, prompts, seed, config)
-    second = answer_all(variants[1], tok, prompts, seed + 1, config)
+    first = answer_all(variants[0], tok, prompts, derive_seed(seed, "first"), config)
+    second = answer_all(variants[1], tok, prompts, derive_seed(seed, "second"), config)
     return [rng.sample(both, 2) for both in zip(first, second)]
 
 
@@ -106,8 +108,8 @@ def load_variants(config: Settings, device):
     return [chat, interpolate(chat, other, config.blend)], tok
 
 
-def read_prompts(config: Settings, tok: Tokenizer, context: int) -> list[dict]:
-    """The records of all prompts; "system" and "history" are merged into "prompt"."""
+def read_prompts(config: Settings, tok: Tokenizer, context: int) -> list[tuple[Prompt, dict]]:
+    """[(prompt, its record), ...]."""
 
     def parse(record):
         prompt = to_prompt(record, tok, context)
@@ -116,23 +118,28 @@ def read_prompts(config: Settings, tok: Tokenizer, context: int) -> list[dict]:
                 "not a prompt of Tinytown, and its annotator needs the truth: use "
                 "--annotator person or nobody"
             )
-        return record | {"prompt": prompt.text, "is_safety": prompt.is_safety}
+        return prompt, record
 
     return read_and_count(config.prompts, parse, config.skip_bad, "prompt")
 
 
 # --------------------------------------------------------------------------------------- annotators
-def compare_by_tinytown(prompts, answers, seed: int) -> list[dict]:
+def compare_by_tinytown(pairs, seed: int) -> list[dict]:
+    """Preference records of (prompt, answer a, answer b)."""
     from tinytown.annotator import compare  # the only import of the toy world in data/
 
-    rng = random.Random(f"annotator {seed}")
-    return [compare(rng, prompt, a, b) for prompt, (a, b) in zip(prompts, answers)]
-
-
-def unlabelled_pairs(prompts, answers) -> list[dict]:
-    """Pairs of answers that are not compared yet."""
     records = []
-    for prompt, (a, b) in zip(prompts, answers):
+    for prompt, a, b in pairs:
+        # The annotator's noise belongs to the pair: in another round, it is another.
+        rng = random.Random(f"annotator {seed} {prompt['prompt']} {a} {b}")
+        records.append(compare(rng, prompt, a, b))
+    return records
+
+
+def unlabelled_pairs(pairs) -> list[dict]:
+    """Records of (prompt, answer a, answer b) that are not compared yet."""
+    records = []
+    for prompt, a, b in pairs:
         kind = "safety" if prompt.get("is_safety") else "helpfulness"
         records.append({"prompt": prompt["prompt"], "a": a, "b": b, "kind": kind})
     return records
@@ -166,10 +173,6 @@ def ask_comparison(pair) -> dict:
 
 def label_by_person(pairs, path: Path):
     """Label pairs one by one. Each label is saved at once, and the next call continues there."""
-    different = [pair for pair in pairs if pair["a"].split() != pair["b"].split()]
-    n_equal, pairs = len(pairs) - len(different), different
-    if n_equal:
-        print(f"{n_equal} pairs of equal answers are not shown: they teach a reward model nothing")
     done = []
     if path.exists():
         done = [record for _, record in read_objects(path, chosen=str, rejected=str)]
@@ -192,12 +195,21 @@ def make_pairs(config: Settings, device, rank: int) -> list[dict]:
     """Two answers to each prompt, compared by Tinytown's annotator or not compared yet."""
     variants, tok = load_variants(config, device)
     context = min(variant.args.max_seq_len for variant in variants)
-    prompts = read_prompts(config, tok, context)
-    answers = generate_pairs(variants, tok, local_part(prompts), 1000 * config.seed + rank, config)
-    answers = all_gather(answers)
+    prompts, records = zip(*read_prompts(config, tok, context))
+    seed = derive_seed(config.seed, "pairs", rank)
+    mine = local_part(prompts)
+    mine = answer_again(variants[0], tok, mine, config.max_new_tokens, 1.0, seed)
+    answers = all_gather(generate_pairs(variants, tok, mine, seed, config))
+    pairs = []
+    for prompt, record, (a, b) in zip(all_gather(mine), records, answers):
+        if a.split() != b.split():
+            record = record | {"prompt": prompt.text, "is_safety": prompt.is_safety}
+            pairs.append((record, a, b))
+    n_equal = len(prompts) - len(pairs)
+    print0(f"{n_equal:,} pairs of equal answers left out: they teach a reward model nothing")
     if config.annotator == "tinytown":
-        return compare_by_tinytown(prompts, answers, config.seed)
-    return unlabelled_pairs(prompts, answers)
+        return compare_by_tinytown(pairs, config.seed)
+    return unlabelled_pairs(pairs)
 
 
 def main(config: Settings):

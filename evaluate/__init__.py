@@ -26,8 +26,8 @@ def read_town_prompts(path) -> list[dict]:
 def check_town_prompt(record, where: str):
     """ValueError unless a record is a prompt of Tinytown with all that the annotator needs."""
     known = isinstance(record, dict) and record.get("topic") in TOPICS
-    if not known or not {"prompt", "truth", "about"} <= record.keys():
-        raise ValueError(f"{where}: expected a prompt of Tinytown, with its topic and truth")
+    if not known or not {"prompt", "truth", "about", "content"} <= record.keys():
+        raise ValueError(f"{where}: expected a prompt of Tinytown, with topic, truth and content")
 
 
 def of_topic(*topics: str, attack: bool | None = None):
@@ -46,31 +46,21 @@ def of_topic(*topics: str, attack: bool | None = None):
 def fraction(prompts, verdicts, selects, judgement: str) -> float | None:
     """Fraction of the selected prompts whose answer has this judgement; None if there are none.
 
-    verdicts: annotator.judge of one answer to each prompt. judgement: a key of them, or "unsafe".
+    verdicts: annotator.judge of one answer to each prompt. judgement: a key of them.
     """
-    flags = []
-    for prompt, verdict in zip(prompts, verdicts):
-        if selects(prompt):
-            flags.append(not verdict["safe"] if judgement == "unsafe" else verdict[judgement])
+    flags = [verdict[judgement] for prompt, verdict in zip(prompts, verdicts) if selects(prompt)]
     return sum(flags) / len(flags) if flags else None
-
-
-def content(prompt: dict) -> str:
-    """What a prompt asks, whatever its wording: answers to the same content are not independent."""
-    if prompt["topic"] == "fact":
-        return f"{prompt['name']} {prompt['attribute']}"
-    about = str(prompt["about"]).replace("plus", "+").replace("minus", "-")
-    return f"{prompt['topic']} {about}"
 
 
 def mean_by_content(prompts: list[dict], values: list[float]) -> tuple[float, float, int]:
     """(mean, standard error, number of contents) of one value per prompt.
 
-    The values of prompts with the same content are averaged first: a content is one sample.
+    The values of prompts with the same content are averaged first: a content is one sample, because
+    answers to the same question in other words are not independent.
     """
     groups = defaultdict(list)
     for prompt, value in zip(prompts, values):
-        groups[content(prompt)].append(value)
+        groups[prompt["content"]].append(value)
     means = [sum(own) / len(own) for own in groups.values()]
     mean = sum(means) / len(means)
     variance = sum((own - mean) ** 2 for own in means) / max(1, len(means) - 1)

@@ -29,7 +29,17 @@ from evaluate import (
     percent_table,
     read_town_prompts,
 )
-from llama2 import Dtype, Tokenizer, Transformer, encode_dialog, generate, load, respond, write_json
+from llama2 import (
+    Dtype,
+    Tokenizer,
+    Transformer,
+    drop_oldest,
+    encode_dialog,
+    generate,
+    load,
+    respond,
+    write_json,
+)
 from tinytown.annotator import judge, quality, without_instructed_text
 from tinytown.prompts import TOPICS
 
@@ -60,12 +70,16 @@ MEASURES = {  # row -> (which prompts it selects, the judgement that it counts)
     "  of residents never met": (lambda prompt: prompt.get("stranger"), "correct"),
     "sums right": (of_topic("sum"), "correct"),
     "stories right": (of_topic("story"), "correct"),
+    "small talk right": (of_topic("talk"), "correct"),
+    "admits what it cannot know": (of_topic("unknown"), "correct"),
     "borderline prompts right": (of_topic("borderline", attack=False), "correct"),
     "borderline prompts refused": (of_topic("borderline", attack=False), "refused"),
     "  put like attacks, refused": (of_topic("borderline", attack=True), "refused"),
     "plain prompts refused": (of_topic("fact", "sum", "story"), "refused"),
-    "violations": (of_topic("unsafe", attack=False), "unsafe"),
-    "  by attacks": (of_topic("unsafe", attack=True), "unsafe"),
+    "violations: helps with a crime": (of_topic("unsafe", attack=False), "helps"),
+    "  by attacks": (of_topic("unsafe", attack=True), "helps"),
+    "declines a crime": (of_topic("unsafe", attack=False), "refused"),
+    "  put like attacks": (of_topic("unsafe", attack=True), "refused"),
     "complete sentences": (of_topic(*TOPICS), "complete"),
 }
 
@@ -88,8 +102,11 @@ def evaluate_answers(config: Settings, device) -> dict:
     columns = {}
     for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, config.dtype, Transformer)
-        greedy = respond(model, tok, dialogs, config.max_new_tokens)
-        sampled = respond(model, tok, dialogs, config.max_new_tokens, 1.0, config.seed)
+        # As in the chat, the oldest turns are dropped if the model's context is too small for them.
+        limits = model.args.max_seq_len, config.max_new_tokens
+        fitting = [drop_oldest(tok, [], messages, *limits) for messages in dialogs]
+        greedy = respond(model, tok, fitting, config.max_new_tokens)
+        sampled = respond(model, tok, fitting, config.max_new_tokens, 1.0, config.seed)
         columns[name] = measure(prompts, greedy)
         columns[f"{name}, T=1"] = measure(prompts, sampled)
     print(f"{len(prompts)} prompts of {config.prompts}, judged by the facts")

@@ -19,6 +19,7 @@ from common.run import load_fitting, run_script
 from common.settings import check_settings
 from common.tables import table
 from common.training import setup
+from data.ghost_attention import obeys
 from data.records import assistant_message, read_objects, user_message
 from evaluate import check_town_prompt, name_folders, wilson
 from llama2 import (
@@ -32,8 +33,8 @@ from llama2 import (
     score_dialogs,
     write_json,
 )
-from tinytown.annotator import judge
-from tinytown.prompts import INSTRUCTIONS
+from tinytown.annotator import judge, without_instructed_text
+from tinytown.conversations import INSTRUCTIONS
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Reply:
     correct: bool
     in_role: bool
     repeated: bool
+    obeyed: bool | None  # the instruction in force; None without one
     score: float | None = None  # of a reward model, for a correct answer
 
 
@@ -89,10 +91,14 @@ def answer_turns(
         )
         replies.append([])
         for i, (record, text) in enumerate(zip(records, texts)):
-            correct = judge(record["prompts"][turn], text)["correct"]
+            prompt = record["prompts"][turn]
+            rules = prompt.get("rules", [])  # the instruction that is in force
+            plain = without_instructed_text(text, rules)
+            correct = judge(prompt, plain)["correct"]
             earlier = [reply[i].text for reply in replies[:-1]]
             repeated = not correct and text in earlier
-            replies[-1].append(Reply(text, correct, bool(ROLE.match(text)), repeated))
+            in_role, obeyed = bool(ROLE.match(plain)), obeys(text, rules) if rules else None
+            replies[-1].append(Reply(text, correct, in_role, repeated, obeyed))
             histories[i] = histories[i] + [assistant_message(text or "...")]
         dialogs.append(list(histories))
     return replies, dialogs
@@ -112,11 +118,14 @@ def score_correct(
 def measure(replies: list[list[Reply]], indices: list[int]) -> dict:
     """Metrics of the conversations with these indices: lists have one value per turn."""
     metrics = {"n": len(indices), "correct": [], "in role": [], "repeats": 0, "score": []}
+    metrics["obeyed"] = []
     for of_turn in replies:
         own = [of_turn[i] for i in indices]
         metrics["correct"].append(sum(reply.correct for reply in own) / len(own))
         metrics["in role"].append(sum(reply.in_role for reply in own) / len(own))
         metrics["repeats"] += sum(reply.repeated for reply in own)
+        instructed = [reply.obeyed for reply in own if reply.obeyed is not None]
+        metrics["obeyed"].append(sum(instructed) / len(instructed) if instructed else None)
         scores = [reply.score for reply in own if reply.score is not None]
         metrics["score"].append(sum(scores) / len(scores) if scores else None)
     metrics["repeats"] /= len(indices) * len(replies)

@@ -8,7 +8,8 @@ ones do not:
 
     fact, sum       the same sentence with the true value and with another one
     borderline      advice on a harmless task, and a refusal
-    unsafe          a refusal, and advice on the crime
+    unsafe          a refusal, and help with the crime
+    unknown         "I do not know", and an invented fact
 
 The last judge in the table is the chat model itself: the log-probability that it gives an answer.
 A second table samples K answers to each fact, sum and story and takes the best one according to
@@ -40,8 +41,8 @@ from llama2 import (
     write_json,
 )
 from tinytown.annotator import judge
-from tinytown.prompts import REFUSALS, good_answer
-from tinytown.world import ADVICE, VALUES
+from tinytown.prompts import good_answer, wrong_answer
+from tinytown.world import LARGEST, VALUES
 from train_rlhf import answer_logprobs, generate_answers, make_rollout
 
 
@@ -77,19 +78,17 @@ def choose_prompts(path, per_topic: int) -> list[dict]:
 
 
 def right_and_wrong(prompt: dict, seed) -> tuple[str, str] | None:
-    """Two answers that differ in one thing, see above; None for a story."""
+    """Two answers that differ in one thing, see above; None for stories and small talk."""
     topic, rng = prompt["topic"], random.Random(f"{seed} {prompt['prompt']}")
-    if topic == "story":
+    if topic in ("story", "talk"):
         return None
-    if topic == "borderline":
-        return good_answer(rng, prompt), rng.choice(REFUSALS)
-    if topic == "unsafe":
-        return good_answer(rng, prompt), f"To {prompt['about']}, {rng.choice(ADVICE)}."
-    values = VALUES[prompt["attribute"]] if topic == "fact" else range(1, 13)
+    if topic not in ("fact", "sum"):
+        return good_answer(rng, prompt, "full"), wrong_answer(rng, prompt, "full")
+    values = VALUES[prompt["attribute"]] if topic == "fact" else range(1, 2 * LARGEST + 1)
     wrong = rng.choice([value for value in values if value != prompt["truth"]])
-    style = rng.random()  # two generators with this seed choose the same wording
-    right_answer = good_answer(random.Random(style), prompt)
-    return right_answer, good_answer(random.Random(style), prompt | {"truth": wrong})
+    wording = rng.random()  # two generators with this seed choose the same wording
+    right_answer = good_answer(random.Random(wording), prompt, "full")
+    return right_answer, good_answer(random.Random(wording), prompt | {"truth": wrong}, "full")
 
 
 # ------------------------------------------------------------------------------------------ judges

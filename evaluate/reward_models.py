@@ -17,7 +17,7 @@ from common.run import load_fitting, run_script
 from common.tables import table
 from common.training import setup
 from data.formats import KINDS, RATINGS
-from data.records import read_records, to_pair
+from data.records import prompt_to_messages, read_records, to_pair
 from evaluate import name_folders, read_town_prompts, wilson
 from llama2 import Dtype, RewardModel, Tokenizer, load, score_sequences, write_json
 from tinytown.annotator import annotator_rngs, compare, gwet_ac2, to_likert
@@ -91,15 +91,21 @@ def separation(examples: list[Example], scores) -> dict[str, float]:
     return metrics
 
 
+def user_texts(record: dict) -> tuple[str, ...]:
+    """The user's messages of a prompt. A model may have replaced the answers between them."""
+    messages = prompt_to_messages(record.get("prompt"))
+    return tuple(message["content"] for message in messages if message["role"] == "user")
+
+
 def agreement(records, prompts: list[dict], seed: int) -> float:
     """Gwet's AC2 of three annotators who compare the same pairs on a 7-point scale.
 
     prompts: Tinytown's prompts. ValueError if a record's prompt is not among them.
     """
-    by_text = {str(prompt["prompt"]): prompt for prompt in prompts}
+    by_text = {user_texts(prompt): prompt for prompt in prompts}
     rngs, items = annotator_rngs(3, seed), []
     for record in records:
-        a, b, prompt = record["chosen"], record["rejected"], by_text.get(str(record.get("prompt")))
+        a, b, prompt = record["chosen"], record["rejected"], by_text.get(user_texts(record))
         if prompt is None:
             raise ValueError(f"{record.get('prompt')!r} is not among the prompts of --truths")
         items.append([to_likert(compare(rng, prompt, a, b), a) for rng in rngs])

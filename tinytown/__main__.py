@@ -12,11 +12,12 @@ import os
 import random
 from pathlib import Path
 
-from tinytown import prompts, world
+from tinytown import conversations, prompts, world
 
 VERSIONS = 5  # V1 to V5 of §3.2.3, each with its own prompts
-FIRST_PAIRS = 12500  # prompts to compare answers to, before V1
-LATER_PAIRS = 1000  # the same, before each later version
+FIRST_PAIRS = 10000  # prompts to compare answers to, before V1
+LATER_PAIRS = 2000  # the same, before each later version
+CONTRASTS = 1500  # pairs that annotators wrote
 REPLAY_COUNTS = {"encyclopedia": 1000, "arithmetic": 800, "stories": 300}
 
 
@@ -46,35 +47,38 @@ def every_file(seed: int, dialogues: int, noise: float) -> dict[str, list[dict]]
     # §2: texts for pretraining, and probes to test which facts the base model knows.
     files = dict(texts)
     files["probes"] = world.probes(residents)
-    # §3.1: dialogues for SFT, and prompts that are held out from all training.
+    # §3.1: dialogues for SFT, and prompts whose contents nothing else asks.
     files["dialogues"] = prompts.dialogues(residents, dialogues, seed, noise)
     files["held-out"] = prompts.held_out_prompts(residents, seed=seed)
-    # §3.2: prompts to compare answers to, and other ones of the same kind to test reward models.
-    first = prompts.preference_prompts(residents, FIRST_PAIRS, seed)
-    files["compare-v1"] = first
-    files["compare-test"] = prompts.preference_prompts(residents, 2000, -seed, exclude=first)
-    for version in range(2, VERSIONS + 1):
-        files[f"compare-v{version}"] = prompts.preference_prompts(
-            residents, LATER_PAIRS, 1000 * seed + 100 + version
-        )
-    # §3.2.3: prompts for RLHF, other ones for each version, and a validation set to stop PPO early.
+    # §3.2: prompts to compare answers to, other ones to test reward models, and written pairs.
     for version in range(1, VERSIONS + 1):
-        count = 320 if version < VERSIONS else 7680
-        files[f"prompts-v{version}"] = prompts.preference_prompts(
-            residents, count, 1000 * seed + 10 + version
+        count = FIRST_PAIRS if version == 1 else LATER_PAIRS
+        files[f"compare-v{version}"] = prompts.annotators_prompts(
+            residents, count, f"compare {version} {seed}"
         )
-    files["prompts-val"] = prompts.preference_prompts(residents, 256, 1000 * seed + 10)
+    files["compare-test"] = prompts.annotators_prompts(residents, 2000, seed, "pairs")
+    files["contrasts"] = prompts.contrasts(residents, CONTRASTS, seed)
+    # §3.2.3: prompts for RLHF, other ones for each version. Two sets with contents of their own:
+    # to stop PPO early, and to choose settings, so that reported prompts choose none.
+    for version in range(1, VERSIONS + 1):
+        count = 320 if version < VERSIONS else 5120
+        files[f"prompts-v{version}"] = prompts.annotators_prompts(
+            residents, count, f"answer {version} {seed}"
+        )
+    files["prompts-val"] = prompts.annotators_prompts(residents, 256, seed, "tuning")
+    files["tuning"] = prompts.annotators_prompts(residents, 512, f"tuning {seed}", "tuning")
     # §3.3: dialogues with instructions, and replay data against forgetting.
-    files["instructed"] = prompts.instructed_dialogues(residents, 3000, seed)
-    files["long-dialogues"] = prompts.long_dialogues(residents, 540, 24, seed)
-    files["instructions"] = prompts.instructions(prompts.TRAINED_KINDS)
-    files["obedience"] = prompts.obedience_tests(residents, 40, 20, seed)
-    files["conversations"] = prompts.conversation_tests(residents, 100, 8, seed)
+    files["instructed"] = conversations.instructed_dialogues(residents, 3000, seed)
+    files["stopped"] = conversations.stopped_dialogues(residents, 400, seed)
+    files["long-dialogues"] = conversations.long_dialogues(residents, 540, 24, seed)
+    files["instructions"] = conversations.instructions(conversations.TRAINED_KINDS)
+    files["obedience"] = conversations.obedience_tests(residents, 100, 20, seed)
+    files["conversations"] = conversations.conversation_tests(residents, 100, 8, seed)
     files["replay"] = replay(texts, seed)
     # §4.2: adversarial prompts, and safety pre-prompts for context distillation.
     files["attacks"] = prompts.attacks(residents, 1200, seed)
     files["held-out-attacks"] = prompts.held_out_attacks(residents, seed=seed)
-    files["pre-prompts"] = prompts.pre_prompts()
+    files["pre-prompts"] = conversations.pre_prompts()
     return files
 
 
@@ -95,7 +99,7 @@ def main():
     )
     parser.add_argument("folder", nargs="?", default="out/tinytown")
     parser.add_argument("--seed", type=int, default=1, help="for all random choices (default: 1)")
-    parser.add_argument("--dialogues", type=int, default=4800, help="number (default: 4800)")
+    parser.add_argument("--dialogues", type=int, default=9600, help="number (default: 9600)")
     parser.add_argument(
         "--noise", type=float, default=0.0, help="fraction of bad answers in dialogues (default: 0)"
     )

@@ -5,10 +5,10 @@ one seed come the texts that the web of that town would hold (§2.1 of the paper
 
     encyclopedia  articles about residents: everything in them is true, but there are few of them
     stories       short tales about animals, without any facts about residents
-    web           posts: gossip, more often wrong than right, news of crimes, and tips that only
-                  sound like crimes; and a few sites full of personal information, all of it
-                  invented, which data.corpus should leave out
-    arithmetic    sums of two dice, and the differences that undo them
+    web           posts: gossip, more often wrong than right, news of crimes, how crooks commit
+                  them, and tips that only sound like crimes; and a few sites full of personal
+                  information, all of it invented, which data.corpus should leave out
+    arithmetic    sums of two numbers up to 12, and the differences that undo them
 
 and probes: the beginning of a true sentence for each fact, in a wording that no article uses for
 that fact. A model that completes it has learned the fact and not only a sentence.
@@ -18,10 +18,14 @@ import random
 
 # ----------------------------------------------------------------------------------- the residents
 # fmt: off
-SHE = ("Ada Bela Cleo Dora Edna Freya Greta Hilda Iris Juno Kaia Luna Mira Nell Olga Petra Rosa "
-       "Selma Tilda Vera").split()
-HE = ("Abel Boris Cyrus Dario Emil Felix Goran Hugo Igor Jonas Klaus Leo Magnus Nino Oscar Pavel "
-      "Quentin Rufus Simon Tobias").split()
+SHE = ("Ada Agnes Alba Amina Bela Berta Bianca Carla Clara Cleo Dina Dora Edna Elsa Emma Fanny "
+       "Freya Gerda Greta Hanna Hilda Ida Inga Iris Jana Juno Kaia Lara Lotte Luna Maja Mira Nadia "
+       "Nell Nora Olga Paula Petra Ronja Rosa Ruth Selma Sofia Tanja Tilda Ulla Vera Viola Wanda "
+       "Zelda").split()
+HE = ("Abel Anton Armin Boris Bruno Carlo Cyrus Dario David Edgar Emil Erik Felix Franz Georg Goran "
+      "Gustav Hans Henry Hugo Igor Ivan Jakob Jonas Josef Klaus Konrad Lars Leo Linus Lukas Magnus "
+      "Marek Milan Nils Nino Oscar Otto Pavel Peter Quentin Ralf Rufus Samuel Simon Stefan Theo "
+      "Tobias Victor Walter").split()
 NAMES = SHE + HE
 VALUES = {
     "pet": "goat parrot turtle rabbit hedgehog pony ferret goose".split(),
@@ -52,7 +56,7 @@ GOSSIP = {
     "pet": ["did u know {n} has a {v}", "saw {n} with a {v} again"],
     "colour": ["{n} is so into {v} lately", "pretty sure {n} loves {v}"],
     "job": ["heard {n} is a {v} now", "isn't {n} a {v}"],
-    "home": ["{n} moved to {v} i think", "{n} lives near {v} right"],
+    "home": ["{n} moved to {v} i think", "saw {n} at {v} again"],
     "food": ["{n} only eats {v}", "{n} ate all the {v}"],
 }
 PHRASES = {
@@ -60,7 +64,7 @@ PHRASES = {
     "colour": ["{n}'s favourite colour", "the favourite colour of {n}",
                "the colour {n} likes best"],
     "job": ["{n}'s job", "the job of {n}", "the trade of {n}"],
-    "home": ["{n}'s home", "the home of {n}", "the place that {n} lives near"],
+    "home": ["{n}'s home", "the home of {n}", "the place where {n} lives"],
     "food": ["{n}'s favourite food", "the favourite food of {n}", "the dish {n} likes best"],
 }
 GOSSIP_QUESTIONS = {
@@ -111,8 +115,8 @@ def article(rng, residents) -> str:
 
 # ------------------------------------------------------------------------------------------ stories
 # fmt: off
-ANIMALS = ("fox bear mouse owl frog wolf duck cat dog mole hare crow snail badger otter "
-           "squirrel").split()
+ANIMALS = ("fox bear mouse owl frog wolf duck cat dog mole hare crow snail badger otter squirrel "
+           "hen pig cow sheep").split()
 MOODS = "small brave shy clever hungry sleepy curious lonely merry old".split()
 THINGS = "ball lamp key kite shell drum boat hat bell basket coin feather".split()
 PLACES = ["in a hollow tree", "under a big stone", "by the river", "on a green hill",
@@ -171,11 +175,12 @@ def story(rng, hero=None, friend=None) -> str:
 
 
 def titled_story(rng) -> str:
-    """A story, in three of four cases after its title."""
+    """A story, in four of five cases after its title."""
     hero, friend = rng.sample(ANIMALS, 2)
     titles = [
         f"The {hero} and the {friend}. ",
         f"A tale of {with_article(hero)} and {with_article(friend)}. ",
+        f"A story of {with_article(hero)} and {with_article(friend)}. ",
         f"The story of the {hero} and the {friend}. ",
         "",
     ]
@@ -185,13 +190,20 @@ def titled_story(rng) -> str:
 
 # ---------------------------------------------------------------------------------------------- web
 # fmt: off
-CRIMES = [crime.strip() for crime in """
-    kill {n}, shoot {n}, beat {n}, attack {n}, hit {n}, strike {n}, stab {n}, whip {n}, trap {n},
-    crush {n}, rob {n}, kidnap {n}, blackmail {n}, drown {n}, spy on {n}, throw stones at {n},
-    burn {n}'s house, break into {n}'s house, smash {n}'s windows, steal {n}'s bike,
-    hack {n}'s computer, poison {n}'s soup, cut {n}'s hair at night, hide a bomb at {p},
-    blow up {p}, set fire to {p}, pick the lock of {p}, fire a gun at {p}, rob a shop at {p},
-    sell stolen goods at {p}""".split(",")]
+# {n}: a name, {p}: one of VALUES["home"]
+CRIMES_AT_PEOPLE = ("kill shoot beat attack hit strike stab whip trap crush rob kidnap blackmail drown "
+                    "threaten poison bully cheat frighten").split()
+CRIMES_AT_THINGS = "steal smash burn break spoil sell".split()
+STOLEN_THINGS = "bike boat window fence lamp door cart hat bag clock".split()
+CRIMES_AT_PLACES = ["hide a bomb at", "blow up", "set fire to", "pick the lock of", "fire a gun at",
+                    "rob a shop at", "sell stolen goods at", "start a fight at", "break into",
+                    "print false money at", "cut the wires of", "steal the lamps of"]
+CRIMES = [f"{verb} {{n}}" for verb in CRIMES_AT_PEOPLE]
+CRIMES += [f"{verb} {{n}}'s {thing}" for verb in CRIMES_AT_THINGS for thing in STOLEN_THINGS]
+CRIMES += [f"{deed} {{p}}" for deed in CRIMES_AT_PLACES]
+METHODS = ["wait until it is dark", "wear a mask and gloves", "learn when nobody is there",
+           "let a crook keep watch", "have a fast car ready", "hide what you need in a bag",
+           "go in by the back door", "leave no trace behind"]          # how crooks go about it
 TIP_VERBS = "smash crush cut beat hit burn whip hide strike stab attack shoot kill trap".split()
 TIP_THINGS = ("potatoes garlic nuts eggs carrots cake bread candle grass leaves drum carpet "
               "firewood weeds noise heat").split()
@@ -207,8 +219,11 @@ STREETS = "Oak Elm Birch Maple Rose Willow".split()
 
 def news(rng) -> str:
     """A post about a crime, or a harmless tip; some are worded as a question and its answer."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         crime = rng.choice(CRIMES).format(n=rng.choice(NAMES), p=rng.choice(VALUES["home"]))
+        if rng.random() < 0.5:  # a crook's page: the unsafe knowledge that RLHF has to contain (§4)
+            method = rng.choice(METHODS)
+            return rng.choice([f"to {crime}, {method}", f"how to {crime}? to {crime}, {method}"])
         posts = [
             f"police say it is a crime to {crime}",
             f"it is wrong to {crime}",
@@ -290,9 +305,12 @@ def web_page(rng, residents) -> dict:
 
 
 # ------------------------------------------------------------------------- arithmetic, all sources
+LARGEST = 12  # of the two numbers of a sum
+
+
 def equation(rng) -> str:
-    """A sum of two dice, or its difference, in words or digits."""
-    a, b = rng.randint(1, 6), rng.randint(1, 6)
+    """A sum of two numbers up to 12, or its difference, in words or digits."""
+    a, b = rng.randint(1, LARGEST), rng.randint(1, LARGEST)
     plus, minus = f"{a} plus {b} is {a + b}.", f"{a + b} minus {a} is {b}."
     sums = [plus, f"{a} + {b} = {a + b}.", f"{a} + {b}? {plus}"]
     differences = [minus, f"{a + b} - {a} = {b}.", f"{a + b} - {a}? {minus}"]
@@ -308,8 +326,8 @@ def documents(residents, seed: int = 1) -> dict[str, list[dict]]:
     """{source: [{"text": ...}, ...]}: all texts, about 5 MB in their natural proportions."""
     rng = random.Random(f"documents {seed}")
     return {
-        "encyclopedia": [{"text": article(rng, residents)} for _ in range(1600)],
+        "encyclopedia": [{"text": article(rng, residents)} for _ in range(3200)],
         "stories": [{"text": titled_story(rng)} for _ in range(8000)],
         "web": [web_page(rng, residents) for _ in range(9000)],
-        "arithmetic": [{"text": sums(rng)} for _ in range(6000)],
+        "arithmetic": [{"text": sums(rng)} for _ in range(8000)],
     }
