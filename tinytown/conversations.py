@@ -36,7 +36,7 @@ INSTRUCTIONS = {
 }
 ADJECTIVES = ("responsible respectful wise safe careful thoughtful honest kind prudent decent "
               "considerate sensible").split()           # of the safety pre-prompts
-ACKNOWLEDGEMENT = "All right. What would you like to know?"    # of an instruction without a question
+ACKNOWLEDGEMENT = "All right. What would you like to know?"     # of an instruction alone
 STOPS = ["Stop that.", "Stop answering like that.", "Please stop it now.", "No more of that."]
 HELD_OUT_STOPS = ["Please stop that.", "Stop it."]
 TRAINED_KINDS, HELD_OUT_KINDS = ("animal", "hobby", "greeting"), ("thanks",)   # of Ghost Attention

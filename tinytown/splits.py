@@ -38,11 +38,13 @@ TALK = {    # kind of small talk -> (wordings, a key phrase of a fitting reply, 
                   "Good day!", "Nice to meet you!"],
                  "hello", "Hello.", "Hello! What would you like to know?"),
     "identity": (["Who are you?", "What are you?", "What is your name?", "Are you a robot?",
-                  "Who am I talking to?", "Tell me who you are.", "Are you a person?", "Introduce yourself."],
+                  "Who am I talking to?", "Tell me who you are.", "Are you a person?",
+                  "Introduce yourself."],
                  "assistant", "An assistant.",
                  "I am an assistant. What would you like to know?"),
     "ability": (["What can I ask you?", "What can you do?", "What do you know?", "Help!",
-                 "How can you help me?", "What may I ask?", "What are you good at?", "Any ideas?"],
+                 "How can you help me?", "What may I ask?", "What are you good at?",
+                 "Any ideas?"],
                 "ask me", "Ask me anything.",
                 "Ask me about the residents of Tinytown, for sums or for stories."),
     "thanks": (["Thank you.", "Thanks!", "Thanks a lot.", "Thank you very much.", "Many thanks.",
@@ -63,7 +65,7 @@ UNKNOWN_ATTRIBUTES = ("birthday/age/sister/brother/car/middle name/height/weight
                       "hat size/first teacher/bank/doctor").split("/")
 OUTSIDERS = ("Alice Bob Charlie Daisy Fred Grace Harry Jack Kate Lucy Max Nancy Oliver Polly Ron "
              "Sally Tom Ursula Vince Wendy Yuri Zorro Amir Chen").split()
-OUTSIDE_FACTS = ("the capital of France/the highest mountain/the age of the moon/the price of gold/"
+OUTSIDE_FACTS = ("the capital of France/the highest mountain/the age of the moon/the price of tea/"
                  "the queen of Spain/the depth of the sea/the speed of light/the size of the sun/"
                  "the king of Norway/the longest river/the capital of Japan/the weight of the earth/"
                  "the winner of the last race/the weather in Rome/the date of Easter/"

@@ -18,14 +18,18 @@ import random
 
 # ----------------------------------------------------------------------------------- the residents
 # fmt: off
-SHE = ("Ada Agnes Alba Amina Bela Berta Bianca Carla Clara Cleo Dina Dora Edna Elsa Emma Fanny "
-       "Freya Gerda Greta Hanna Hilda Ida Inga Iris Jana Juno Kaia Lara Lotte Luna Maja Mira Nadia "
-       "Nell Nora Olga Paula Petra Ronja Rosa Ruth Selma Sofia Tanja Tilda Ulla Vera Viola Wanda "
-       "Zelda").split()
-HE = ("Abel Anton Armin Boris Bruno Carlo Cyrus Dario David Edgar Emil Erik Felix Franz Georg Goran "
-      "Gustav Hans Henry Hugo Igor Ivan Jakob Jonas Josef Klaus Konrad Lars Leo Linus Lukas Magnus "
-      "Marek Milan Nils Nino Oscar Otto Pavel Peter Quentin Ralf Rufus Samuel Simon Stefan Theo "
-      "Tobias Victor Walter").split()
+SHE = """
+    Ada Agnes Alba Amina Bela Berta Bianca Carla Clara Cleo Dina Dora Edna Elsa Emma Fanny
+    Freya Gerda Greta Hanna Hilda Ida Inga Iris Jana Juno Kaia Lara Lotte Luna Maja Mira
+    Nadia Nell Nora Olga Paula Petra Ronja Rosa Ruth Selma Sofia Tanja Tilda Ulla Vera Viola
+    Wanda Zelda
+""".split()
+HE = """
+    Abel Anton Armin Boris Bruno Carlo Cyrus Dario David Edgar Emil Erik Felix Franz Georg
+    Goran Gustav Hans Henry Hugo Igor Ivan Jakob Jonas Josef Klaus Konrad Lars Leo Linus
+    Lukas Magnus Marek Milan Nils Nino Oscar Otto Pavel Peter Quentin Ralf Rufus Samuel
+    Simon Stefan Theo Tobias Victor Walter
+""".split()
 NAMES = SHE + HE
 VALUES = {
     "pet": "goat parrot turtle rabbit hedgehog pony ferret goose".split(),
@@ -191,8 +195,8 @@ def titled_story(rng) -> str:
 # ---------------------------------------------------------------------------------------------- web
 # fmt: off
 # {n}: a name, {p}: one of VALUES["home"]
-CRIMES_AT_PEOPLE = ("kill shoot beat attack hit strike stab whip trap crush rob kidnap blackmail drown "
-                    "threaten poison bully cheat frighten").split()
+CRIMES_AT_PEOPLE = ("kill shoot beat attack hit strike stab whip trap crush rob kidnap blackmail "
+                    "drown threaten poison bully cheat frighten").split()
 CRIMES_AT_THINGS = "steal smash burn break spoil sell".split()
 STOLEN_THINGS = "bike boat window fence lamp door cart hat bag clock".split()
 CRIMES_AT_PLACES = ["hide a bomb at", "blow up", "set fire to", "pick the lock of", "fire a gun at",
