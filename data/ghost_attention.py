@@ -17,8 +17,9 @@ The paper is short here. We read it so that answers are sampled turn by turn, an
 continue the sampled ones. A turn is a question with its answer. ours: an answer that disobeys the
 instruction, by the instruction's own patterns, is removed with its question. Each dialogue is also
 cut after some random turns (--beginnings), so that it gives several examples: with a loss on the
-last answer only, many turns would give one example. The model must already follow an instruction in
-the same message.
+last answer only, many turns would give one example. In some dialogues the instruction becomes a
+system message, in some it stands alone in the first message: people use both. The model must already
+follow an instruction in the same message.
 """
 
 import random
@@ -51,11 +52,13 @@ class Settings:
     turns: int = 24  # maximum number of turns per dialogue
     history: int = 64  # latest tokens of a dialogue that the model reads for an answer
     temperature: float = 0.3  # of sampling
-    max_new_tokens: int = 48  # longest answer, in tokens
+    max_new_tokens: int = 90  # longest answer, in tokens
     device: str = "auto"  # cuda, mps or cpu
     dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where it is faster
     # output
     context: int = 1024  # longest dialogue, in tokens
+    system: float = 0.3  # fraction of dialogues whose instruction becomes a system message
+    alone: float = 0.1  # fraction of dialogues that begin with the instruction alone
     beginnings: int = 3  # further examples per dialogue, cut after a random turn
     out: str = "out/gatt/dialogues.jsonl"  # dialogues for train_sft.py
     overwrite: bool = False  # replace an existing file
@@ -78,20 +81,24 @@ def instruct_every_message(text: str, turns: list[tuple[str, str]], question: st
     """The dialogue for sampling: the instruction is in every user message, also in the last one."""
     messages = []
     for earlier_question, answer in turns:
-        messages += [user_message(f"{text} {earlier_question}"), assistant_message(answer)]
-    return messages + [user_message(f"{text} {question}")]
+        messages.append(user_message(f"{text} {earlier_question}".strip()))
+        messages.append(assistant_message(answer))
+    return messages + [user_message(f"{text} {question}".strip())]
 
 
-def instruct_first_message(text: str, turns: list[tuple[str, str]]) -> list[dict]:
-    """The dialogue for training: the instruction is in the first message only.
+def instruct_first_message(
+    text: str, turns: list[tuple[str, str]], as_system: bool = False
+) -> list[dict]:
+    """The dialogue for training: the instruction is in the first message only, or a system message.
 
     All answers but the last one have weight 0.
     """
-    messages = []
+    messages = [{"role": "system", "content": text}] if as_system else []
     for i, (question, answer) in enumerate(turns):
-        first, last = i == 0, i == len(turns) - 1
-        messages.append(user_message(f"{text} {question}" if first else question))
-        messages.append({**assistant_message(answer), "weight": int(last)})
+        if i == 0 and not as_system:
+            question = f"{text} {question}".strip()
+        messages.append(user_message(question))
+        messages.append({**assistant_message(answer), "weight": int(i == len(turns) - 1)})
     return messages
 
 
@@ -144,15 +151,22 @@ def to_records(tok: Tokenizer, turns, text: str, rng, config: Settings) -> list[
         turns = turns[:-1]
     if not turns:
         return []
+    # An instruction that stood alone is a message of its own: its question is empty.
+    as_system = turns[0][0] != "" and rng.random() < config.system
     ends = {len(turns)}
     for _ in range(config.beginnings):
         ends.add(rng.randint(1, len(turns)))
-    return [{"messages": instruct_first_message(text, turns[:end])} for end in sorted(ends)]
+    beginnings = [turns[:end] for end in sorted(ends)]
+    return [{"messages": instruct_first_message(text, part, as_system)} for part in beginnings]
 
 
 def main(config: Settings):
     """Write the dialogues, unless the file exists."""
-    check_settings(config, may_be_zero=("temperature", "beginnings"))
+    check_settings(
+        config,
+        may_be_zero=("temperature", "beginnings", "system", "alone"),
+        at_most_one=("system", "alone"),
+    )
     device, rank, _ = setup(config.device)
     files = data_paths(config.data) + data_paths(config.instructions)
     output = Output(config.out, config, files + checkpoint_files(config.chat))
@@ -170,6 +184,9 @@ def main(config: Settings):
     questions = read_and_count(config.data, parse, config.skip_bad, "dialogue")
     rng = random.Random(f"instructions {config.seed}")
     instructions = [combine_instructions(rng, available) for _ in questions]
+    for of_one in questions:
+        if rng.random() < config.alone:
+            of_one.insert(0, "")  # the model answers the instruction itself
 
     seed = derive_seed(config.seed, "ghost attention", rank)  # each process has its own part
     dialogs, disobeyed = sample_dialogs(

@@ -2,13 +2,14 @@
 
     python -m evaluate.conversations out/sft out/rlhf/v5 out/gatt --rm out/rm/v5/helpfulness
 
-Nobody gives an instruction. The model reads its own earlier answers; when the context is full, the
-oldest turns are dropped, as in the chat. Half of the conversations ask what the dialogues of
-fine-tuning ask, half what they never ask. Every turn has the same set of prompts, so the turns can
-be compared. For each group and turn: the fraction of correct answers, and of those in a role. A
-role is a form of answer that some instruction asks for ("The fox says: ..."). Beside them, over all
-turns: repeats, wrong answers with the text of an earlier answer in the same conversation; and the
-mean score of a reward model for correct answers by turn, which should not fall.
+The model reads its own earlier answers; when the context is full, the oldest turns are dropped, as
+in the chat. Some conversations ask what the dialogues of fine-tuning ask, the others what no training
+asks. In a third group the second message gives an instruction ("Always answer as the fox.") and the
+fifth takes it back; in the others nobody gives one. Every turn has the same contents, so the turns
+can be compared. For each group and turn: the fraction of correct answers. Over all turns: answers in a
+role that no instruction in force asks for ("The fox says: ..."), answers that obey the one in force,
+and repeats: wrong answers with the text of an earlier answer in the same conversation. Beside them:
+the mean score of a reward model for correct answers by turn, which should not fall.
 """
 
 import re
@@ -135,7 +136,7 @@ def measure(replies: list[list[Reply]], indices: list[int]) -> dict:
 def print_tables(results: dict[str, dict[str, dict]], n_turns: int):
     """Print {model: {group: metrics}}: correct answers by turn, roles, repeats and scores."""
     turns = [str(turn + 1) for turn in range(n_turns)]
-    rows = [["correct, at turn", "", *turns, "95% of the last", "in role", "repeats"]]
+    rows = [["correct, at turn", "", *turns, "95% of the last", "in role", "obeyed", "repeats"]]
     scores = [["score of correct answers, at turn", "", *turns]]
     for name, groups in results.items():
         for group, metrics in groups.items():
@@ -143,7 +144,10 @@ def print_tables(results: dict[str, dict[str, dict]], n_turns: int):
             low, high = wilson(last * n, n)
             roles = sum(metrics["in role"]) / n_turns
             cells = [f"{value:.0%}" for value in metrics["correct"]]
-            cells += [f"{low:.0%} to {high:.0%}", f"{roles:.1%}", f"{metrics['repeats']:.1%}"]
+            obeyed = [value for value in metrics["obeyed"] if value is not None]
+            mean_obeyed = f"{sum(obeyed) / len(obeyed):.0%}" if obeyed else "-"
+            cells += [f"{low:.0%} to {high:.0%}", f"{roles:.1%}", mean_obeyed]
+            cells.append(f"{metrics['repeats']:.1%}")
             rows.append([group, name, *cells])
             if any(score is not None for score in metrics["score"]):
                 cells = ["-" if score is None else f"{score:.2f}" for score in metrics["score"]]
@@ -194,7 +198,7 @@ def main(config: Settings) -> dict:
             row = name if temperature == 0 else f"{name}, T={temperature:g}"
             results[row] = {group: measure(replies, own) for group, own in groups.items()}
     n_turns = len(records[0]["prompts"])
-    print(f"{len(records)} conversations of {config.conversations}, without an instruction")
+    print(f"{len(records)} conversations of {config.conversations}")
     print_tables(results, n_turns)
     if config.json:
         write_json(config.json, results)

@@ -67,7 +67,7 @@ OUTSIDERS = ("Alice Bob Charlie Daisy Fred Grace Harry Jack Kate Lucy Max Nancy 
              "Sally Tom Ursula Vince Wendy Yuri Zorro Amir Chen").split()
 OUTSIDE_FACTS = ("the capital of France/the highest mountain/the age of the moon/the price of tea/"
                  "the queen of Spain/the depth of the sea/the speed of light/the size of the sun/"
-                 "the king of Norway/the longest river/the capital of Japan/the weight of the earth/"
+                 "the king of Norway/the longest river/the capital of Japan/the mass of the earth/"
                  "the winner of the last race/the weather in Rome/the date of Easter/"
                  "the population of Peru/the best film of all/the meaning of life/"
                  "the number of stars/the distance to Mars/the inventor of the wheel/"
