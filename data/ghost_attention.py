@@ -18,8 +18,8 @@ continue the sampled ones. A turn is a question with its answer. ours: an answer
 instruction, by the instruction's own patterns, is removed with its question. Each dialogue is also
 cut after some random turns (--beginnings), so that it gives several examples: with a loss on the
 last answer only, many turns would give one example. In some dialogues the instruction becomes a
-system message, in some it stands alone in the first message: people use both. The model must already
-follow an instruction in the same message.
+system message, in some it stands alone in the first message: people use both. The model must
+already follow an instruction in the same message.
 """
 
 import random

@@ -3,13 +3,14 @@
     python -m evaluate.conversations out/sft out/rlhf/v5 out/gatt --rm out/rm/v5/helpfulness
 
 The model reads its own earlier answers; when the context is full, the oldest turns are dropped, as
-in the chat. Some conversations ask what the dialogues of fine-tuning ask, the others what no training
-asks. In a third group the second message gives an instruction ("Always answer as the fox.") and the
-fifth takes it back; in the others nobody gives one. Every turn has the same contents, so the turns
-can be compared. For each group and turn: the fraction of correct answers. Over all turns: answers in a
-role that no instruction in force asks for ("The fox says: ..."), answers that obey the one in force,
-and repeats: wrong answers with the text of an earlier answer in the same conversation. Beside them:
-the mean score of a reward model for correct answers by turn, which should not fall.
+in the chat. Some conversations ask what the dialogues of fine-tuning ask, the others what no
+training asks. In a third group the second message gives an instruction ("Always answer as the
+fox.") and the fifth takes it back; in the others nobody gives one. Every turn has the same
+contents, so the turns can be compared. For each group and turn: the fraction of correct answers.
+Over all turns: answers in a role that no instruction in force asks for ("The fox says: ..."),
+answers that obey the one in force, and repeats: wrong answers with the text of an earlier answer in
+the same conversation. Beside them: the mean score of a reward model for correct answers by turn,
+which should not fall.
 """
 
 import re
