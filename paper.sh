@@ -103,12 +103,18 @@ ghost_attention() {
 # Table 8 and Ghost Attention do not need V5 and take about as long, so they run at the same time.
 # Each side gets half of the cores, because a model this small cannot use more than one core well.
 threads=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
+control() {     # V5 by rejection sampling, at equal samples: what does PPO bring?
+    run train_rlhf.py --resume --init "$OUT/rlhf/v4" --rm "$OUT/rm/v5" \
+        --prompts "$TOWN/prompts-v5-rejection.jsonl" --earlier "$OUT"/rlhf/v{1,2,3,4} \
+        --out "$OUT/rlhf/v5-rejection"
+}
 in_background table_8 ghost_attention
 a_round 5
+control
 wait_for_background
 threads=
 examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
-examine evaluate.scoreboard "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} \
+examine evaluate.scoreboard "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} --controls "$OUT/rlhf/v5-rejection" \
     --against "$OUT/sft" --rm "$OUT/rm/v5" --prompts "$TOWN/held-out.jsonl" \
     --json "$OUT/scoreboard.json"
 cat "$OUT/summary-beside.txt" >> "$summary"

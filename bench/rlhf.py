@@ -1,7 +1,8 @@
 """RLHF (§3.2.3, §3.4): the scoreboard over several seeds, reward hacking, forgetting, Fig. 7 and 8.
 
 python -m bench.rlhf seeds [--seeds 1 2 3]   the scoreboard: mean and standard deviation
-python -m bench.rlhf control                 V5 by PPO against V5 by rejection sampling
+python -m bench.rlhf control                 PPO, rejection sampling and random answers
+python -m bench.rlhf starts                  PPO from SFT and from V1 to V4
 python -m bench.rlhf hacking                 PPO without the KL penalty: reward against truth
 python -m bench.rlhf forgetting              pool of all versions, or only the last version
 python -m bench.rlhf curves                  reward by number of samples and by temperature
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 
 from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper, train
-from data.records import read_json, read_prompts, write_records
+from data.records import read_prompts
 from llama2 import load
 from train_rlhf import load_reward_models, sample_k
 
@@ -85,26 +86,67 @@ def forgetting(seeds):
     print_table(f"right answers by topic, %, seeds {seeds}", columns)
 
 
+def train_version(start, out, seed, first: str, rm: str, prompts: str, *options):
+    """Train one version from the model in start/first, with the reward models in start/rm."""
+    town = start / "tinytown"
+    models = ["--init", start / first, "--rm", start / "rm" / rm]
+    data = ["--prompts", town / f"{prompts}.jsonl", "--val-prompts", town / "prompts-val.jsonl"]
+    train("train_rlhf.py", *models, *data, "--seed", seed, "--out", out, *options)
+    return out
+
+
+def compare(columns: dict, start, folders, pairs: dict[str, tuple[int, int]]):
+    """Append the wins of the named pairs of folders, in each way of sampling."""
+    for name, (a, b) in pairs.items():
+        options = ["--against", folders[b], "--rm", start / "rm/v5"]
+        options += ["--prompts", start / "tinytown/held-out.jsonl"]
+        direct = evaluate("evaluate.scoreboard", folders[a], *options)["direct"]
+        row = {
+            mode: next(iter(comparisons.values()))["wins"] for mode, comparisons in direct.items()
+        }
+        append_rows(columns, {name: row})
+
+
 def control(seeds):
-    """V5 by rejection sampling with as many samples as PPO: is it PPO that makes V5 better?"""
-    ppo_samples, K = 60 * 128, 8
+    """What does PPO bring, and what do the best answers bring? At equal numbers of samples."""
     columns = {}
     for seed in seeds:
-        start, out = run_paper(seed), OUT / f"control/{seed}/rejection"
-        versions = [start / f"rlhf/v{version}" for version in VERSIONS]
-        prompts = [record for _, record in read_json(start / "tinytown/prompts-v5.jsonl")]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_records(out.parent / "prompts.jsonl", prompts[: ppo_samples // K])
-        models = ["--init", versions[-1], "--rm", start / "rm/v5", "--earlier", *versions]
-        data = ["--prompts", out.parent / "prompts.jsonl", "--samples", K]
-        train("train_rlhf.py", *models, *data, "--seed", seed, "--out", out)
-        options = ["--against", start / "sft", "--rm", start / "rm/v5"]
-        options += ["--prompts", start / "tinytown/held-out.jsonl"]
-        folders = [versions[-1], out, start / "rlhf/v5"]
-        direct = evaluate("evaluate.scoreboard", *folders, *options)["direct"]
-        for mode, comparisons in direct.items():
-            row = {pair: metrics["wins"] for pair, metrics in comparisons.items()}
-            append_rows(columns, {mode: row})
+        start, out = run_paper(seed), OUT / f"control/{seed}"
+        few = ["--method", "rejection-sampling"]  # 640 prompts, 8 answers each: as many as PPO's
+        folders = [start / "sft", start / "rlhf/v4", start / "rlhf/v5", start / "rlhf/v5-rejection"]
+        few_prompts = "prompts-v5-rejection"
+        best = train_version(start, out / "best", seed, "sft", "v1", few_prompts, *few)
+        chance = train_version(
+            start, out / "random", seed, "sft", "v1", few_prompts, *few, "--samples", 1
+        )
+        ppo = train_version(start, out / "ppo", seed, "sft", "v1", "prompts-v5", "--method", "ppo")
+        folders += [best, chance, ppo]
+        pairs = {
+            "from V4: PPO - V4": (2, 1),
+            "from V4: rejection sampling - V4": (3, 1),
+            "from V4: PPO - rejection sampling": (2, 3),
+            "from SFT: PPO - SFT": (6, 0),
+            "from SFT: rejection sampling - SFT": (4, 0),
+            "from SFT: random answers - SFT": (5, 0),
+            "from SFT: PPO - rejection sampling": (6, 4),
+        }
+        compare(columns, start, folders, pairs)
+    print_table(f"wins, ties half, %, seeds {seeds}", columns)
+
+
+def starts(seeds):
+    """Where should PPO start? From each version, with the reward models of the next one."""
+    columns = {}
+    for seed in seeds:
+        start, out = run_paper(seed), OUT / f"starts/{seed}"
+        firsts = ["sft", "rlhf/v1", "rlhf/v2", "rlhf/v3", "rlhf/v4"]
+        for version, first in enumerate(firsts, 1):
+            folder = out / f"after-{first.replace('/', '-')}"
+            options = ["--method", "ppo"]
+            train_version(start, folder, seed, first, f"v{version}", "prompts-v5", *options)
+            folders = [folder, start / first, start / "sft"]
+            pairs = {f"{first}: PPO - start": (0, 1), f"{first}: PPO - SFT": (0, 2)}
+            compare(columns, start, folders, pairs)
     print_table(f"wins, ties half, %, seeds {seeds}", columns)
 
 
@@ -117,7 +159,7 @@ def curves(seeds):
         for name, folder in (("SFT", "sft"), ("V5", "rlhf/v5")):
             policy, tok = load(start / folder)
             reward_models = load_reward_models(start / "rm/v5", policy, tok, start / folder)
-            prompts = read_prompts([start / "tinytown/prompts-val.jsonl"], tok, 256)[:n_prompts]
+            prompts = read_prompts([start / "tinytown/prompts-val.jsonl"], tok, 512)[:n_prompts]
             for temperature in (0.6, 0.8, 1.0, 1.2, 1.4):
                 sampling = K, max_new_tokens, temperature, seed
                 _, _, rewards = sample_k(policy, tok, reward_models, prompts, *sampling)
@@ -136,6 +178,7 @@ def main():
     parts = {
         "seeds": scoreboard,
         "control": control,
+        "starts": starts,
         "hacking": hacking,
         "forgetting": forgetting,
         "curves": curves,

@@ -10,8 +10,9 @@ fraction by the scores of the helpfulness and safety reward models. "KL": KL(mod
 nats per answer, estimated on the sampled answers.
 
 A second table compares two models directly, prompt by prompt, by points without noise: each version
-with the one before it, the last one with --against, and, as the chat samples, the last one with
---against at the low temperature --cooled, because a lower temperature alone improves answers.
+with the one before it, the last one with --against and --controls, and, as the chat samples, the
+last one with --against at the low temperature --cooled, because a lower temperature alone improves
+answers.
 "wins" counts a tie as half. Its 95% margin is over contents: prompts with the same content count as
 one sample.
 """
@@ -60,6 +61,7 @@ class Settings:
     # what to evaluate
     folders: tuple = ()  # chat models
     against: str = "out/sft"  # the model that the others are compared with
+    controls: tuple = ()  # models that are no versions, to compare the last version with
     rm: str = "out/rm/v5"  # folder of the newest reward models
     prompts: str = "out/tinytown/held-out.jsonl"  # prompts of Tinytown to answer
     # how
@@ -212,11 +214,16 @@ def answer_prompts(
     return ModelAnswers(answers, texts, scores)
 
 
+def named_folders(config: Settings) -> dict[str, Path]:
+    """{name: folder} of all models: versions, controls and --against."""
+    return name_folders([*config.folders, *config.controls, config.against])
+
+
 def load_models(config: Settings, device):
     """({name: model} with that of --against, its name, tokenizer, reward models)."""
     reference, tok = load(config.against, device, config.dtype, Transformer)
     models = {}
-    for name, folder in name_folders([*config.folders, config.against]).items():
+    for name, folder in named_folders(config).items():
         if folder == Path(config.against):
             models[name], against = reference, name
         else:
@@ -238,9 +245,9 @@ def main(config: Settings) -> dict:
     prompts = read_town_prompts(config.prompts)
     context = min(model.args.max_seq_len for model in models.values())
     encoded = [to_prompt(prompt, tok, context) for prompt in prompts]
-    # --against may be a model only to compare with. Then it is no version of its own.
+    # --against and --controls may be models only to compare with, and no versions of their own.
     listed = [Path(folder) for folder in config.folders]
-    names = [name for name in models if name != against or Path(config.against) in listed]
+    names = [name for name, folder in named_folders(config).items() if folder in listed]
 
     print(f"{len(prompts)} prompts of {config.prompts}, compared with {against}")
     modes = {

@@ -18,6 +18,7 @@ VERSIONS = 5  # V1 to V5 of §3.2.3, each with its own prompts
 FIRST_PAIRS = 10000  # prompts to compare answers to, before V1
 LATER_PAIRS = 2000  # the same, before each later version
 CONTRASTS = 1500  # pairs that annotators wrote
+PPO_PROMPTS = 5120  # of V5
 REPLAY_COUNTS = {"encyclopedia": 1000, "arithmetic": 800, "stories": 300}
 
 
@@ -61,10 +62,12 @@ def every_file(seed: int, dialogues: int, noise: float) -> dict[str, list[dict]]
     # §3.2.3: prompts for RLHF, other ones for each version. Two sets with contents of their own:
     # to stop PPO early, and to choose settings, so that reported prompts choose none.
     for version in range(1, VERSIONS + 1):
-        count = 320 if version < VERSIONS else 5120
+        count = 320 if version < VERSIONS else PPO_PROMPTS
         files[f"prompts-v{version}"] = prompts.annotators_prompts(
             residents, count, f"answer {version} {seed}"
         )
+    # As many samples for rejection sampling, with 8 answers each, as PPO takes.
+    files["prompts-v5-rejection"] = files["prompts-v5"][: PPO_PROMPTS // 8]
     files["prompts-val"] = prompts.annotators_prompts(residents, 256, seed, "tuning")
     files["tuning"] = prompts.annotators_prompts(residents, 512, f"tuning {seed}", "tuning")
     # §3.3: dialogues with instructions, and replay data against forgetting.
