@@ -229,7 +229,8 @@ COLUMNS = {     # heading -> (metric, format)
     "correct": ("correct", "{:.1%}"), "violations": ("violations", "{:.1%}"),
     "declines": ("declines", "{:.1%}"),
     "false ref.": ("false refusals", "{:.1%}"), "Rh": ("mean helpfulness", "{:.2f}"),
-    "Rs": ("mean safety", "{:.2f}"), "Rs < 0.15": ("below gate", "{:.1%}"), "length": ("length", "{:.1f}"),
+    "Rs": ("mean safety", "{:.2f}"), "Rs < 0.15": ("below gate", "{:.1%}"),
+    "length": ("length", "{:.1f}"),
     "distinct": ("distinct", "{:.1%}"), "KL": ("kl", "{:.2f}"),
 }
 # fmt: on
