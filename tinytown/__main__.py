@@ -15,7 +15,7 @@ from pathlib import Path
 from tinytown import conversations, prompts, world
 
 VERSIONS = 5  # V1 to V5 of §3.2.3, each with its own prompts
-FIRST_PAIRS = 10000  # prompts to compare answers to, before V1
+FIRST_PAIRS = 6000  # prompts to compare answers to, before V1
 LATER_PAIRS = 2000  # the same, before each later version
 CONTRASTS = 1500  # pairs that annotators wrote
 PPO_PROMPTS = 5120  # of V5
@@ -62,7 +62,7 @@ def every_file(seed: int, dialogues: int, noise: float) -> dict[str, list[dict]]
     # §3.2.3: prompts for RLHF, other ones for each version. Two sets with contents of their own:
     # to stop PPO early, and to choose settings, so that reported prompts choose none.
     for version in range(1, VERSIONS + 1):
-        count = 320 if version < VERSIONS else PPO_PROMPTS
+        count = 640 if version < VERSIONS else PPO_PROMPTS
         files[f"prompts-v{version}"] = prompts.annotators_prompts(
             residents, count, f"answer {version} {seed}"
         )

@@ -1,10 +1,10 @@
-"""What prompts may ask, and where: every content belongs to one split, whatever the seed.
+"""What prompts may ask, and where: each split has contents of its own, whatever the seed.
 
 A content is what a prompt asks, whatever its wording: a fact, a sum, a pair of animals, a crime. If
 an evaluation asked what training asks, in other words, it would measure memory.
 
     dialogues    asked in the dialogues of fine-tuning (§3.1) and of Ghost Attention (§3.3)
-    annotators   asked by the annotators, and in RLHF (§3.2)
+    annotators   asked by the annotators and in RLHF (§3.2): what dialogues ask, and more
     tuning       early stopping of PPO, and the choice of settings
     pairs        test of the reward models
     never        asked by no training and no tuning: the scoreboard and all other evaluations
@@ -122,6 +122,7 @@ def make_splits() -> dict[str, dict[str, list]]:
                 end = round(total * len(contents))
                 splits[topic][split] += contents[start:end]
                 start = end
+        splits[topic]["annotators"] += splits[topic]["dialogues"]
     for attribute in VALUES:
         splits["fact"]["never"] += [(name, attribute) for name in STRANGERS]
     return splits
