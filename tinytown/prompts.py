@@ -230,7 +230,7 @@ def behind_earlier_turns(rng, residents, prompt: dict, split: str) -> dict:
     """The prompt behind one to three turns of the same split; many facts become follow-ups."""
     earlier = []
     topics = ["fact", "sum", "story", "borderline", "talk", "unknown"]
-    for topic in rng.choices(topics, [4, 3, 2, 2, 1, 1], k=rng.randint(1, 3)):
+    for topic in rng.choices(topics, [4, 3, 2, 2, 1, 1], k=rng.choice([1, 1, 2, 2, 3])):
         earlier.append(make_prompt(rng, residents, split, topic))
     text = prompt["prompt"]
     if prompt["topic"] == "fact" and rng.random() < 0.5:
