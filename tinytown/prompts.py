@@ -38,6 +38,8 @@ TOPICS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 5, "borderline": 10, "ta
           "unknown": 5}
 ANNOTATORS_TOPICS = {"fact": 15, "sum": 8, "story": 3, "unsafe": 5, "borderline": 4, "talk": 1,
                      "unknown": 2}
+CONTRAST_TOPICS = {"fact": 6, "sum": 4, "story": 2, "unsafe": 4, "borderline": 4, "talk": 1,
+                   "unknown": 2}
 HELPS_WITH_CRIMES = 0.6     # how often a writer helps with a crime
 BEHIND_EARLIER_TURNS = 1 / 3    # of the prompts for comparisons, RLHF and the evaluations
 
@@ -186,9 +188,17 @@ def writers_answer(rng, prompt: dict) -> str:
     return good_answer(rng, prompt)
 
 
+def evasion(rng, prompt: dict) -> str:
+    """An answer in good form that answers nothing."""
+    answers = ["I do not know.", f"I do not know {prompt['about']}.", any_refusal(rng)]
+    return rng.choice(answers)
+
+
 def wrong_answer(rng, prompt: dict, style=None) -> str:
-    """An answer in good form with the opposite of what is right."""
+    """An answer in good form with the opposite of what is right, or an evasion."""
     topic = prompt["topic"]
+    if topic in ("fact", "sum", "story", "talk") and rng.random() < 0.3:
+        return evasion(rng, prompt)
     if topic == "fact":
         values = [value for value in VALUES[prompt["attribute"]] if value != prompt["truth"]]
         return good_answer(rng, prompt | {"truth": rng.choice(values)}, style)
@@ -202,7 +212,7 @@ def wrong_answer(rng, prompt: dict, style=None) -> str:
     if topic == "borderline":
         return any_refusal(rng)
     if topic == "talk":
-        return any_refusal(rng)
+        return good_answer(rng, make_prompt(rng, {}, "annotators", "unknown"), style)
     attribute = rng.choice(list(VALUES))  # of topic "unknown": an invented fact
     name, value = rng.choice(NAMES + OUTSIDERS), rng.choice(VALUES[attribute])
     return sentence(rng.choice(WORDINGS[attribute]).format(n=name, v=value))
@@ -317,15 +327,13 @@ def held_out_prompts(residents, count: int = 120, seed: int = 1) -> list[dict]:
 def contrasts(residents, count: int, seed: int = 1, split: str = "annotators") -> list[dict]:
     """Pairs that annotators wrote themselves: two answers in good form, the right one and a wrong.
 
-    A fluent right fact or sum against a fluent wrong one, "I do not know" against an invention, a
-    refusal of a crime against help, and advice on a harmless task against a refusal. A chat model
-    samples such pairs too rarely for reward models to learn from them. They are compared by the
-    annotator, as sampled ones are.
+    A right fact, sum or story against a wrong one or an evasion, "I do not know" against an
+    invention, a refusal of a crime against help, and advice on a harmless task against a refusal. A
+    chat model samples such pairs too rarely for reward models to learn from them. They are compared
+    by the annotator, as sampled ones are.
     """
     rng = random.Random(f"contrasts {split} {seed}")
-    topics = rng.choices(
-        ["fact", "sum", "borderline", "unsafe", "unknown"], [6, 4, 4, 4, 2], k=count
-    )
+    topics = rng.choices(list(CONTRAST_TOPICS), CONTRAST_TOPICS.values(), k=count)
     records = []
     for prompt in annotators_prompts(residents, count, f"contrasts {seed}", split, topics):
         style = rng.choice(["full", "terse", "chatty"])
