@@ -300,7 +300,10 @@ def test_the_models_own_answers_replace_those_of_a_dialogue_turn_by_turn(tok, mo
 def test_a_dialogue_that_its_own_answers_would_make_too_long_keeps_those_of_the_file(
     tok, monkeypatch
 ):
-    monkeypatch.setattr(records, "respond", lambda m, t, dialogs, *_: ["the fox " * 9] * len(dialogs))
+    def respond(model, tok, dialogs, *_):
+        return ["the fox " * 9] * len(dialogs)
+
+    monkeypatch.setattr(records, "respond", respond)
     prompts = [ask_again(tok, *"abc"), ask_again(tok, *"abcde"), ask_again(tok, *"abc")]
     (longer,) = records.answer_again(make_model(max_seq_len=200), tok, prompts[:1], 9, 1.0, 1)
     model = make_model(max_seq_len=len(longer.tokens) + 1)
