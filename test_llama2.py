@@ -779,6 +779,11 @@ def test_scores_are_exact_numbers_also_with_bfloat16(tok):
     assert torch.allclose(scores, x @ model.score.weight[0], atol=1e-5)
 
 
+def test_no_sequences_have_no_scores(tok):
+    """A process may have no held-out pair at all."""
+    assert llama2.score_sequences(make_reward_model(tok), []) == []
+
+
 def test_reward_model_starts_from_the_weights_of_the_chat_model(tmp_path, base):
     """All weights but those of the head; a later version starts from the whole reward model."""
     chat, tok = load(base)

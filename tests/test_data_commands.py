@@ -10,6 +10,7 @@ import torch
 from conftest import EXACT, dialog, make_model, write_jsonl
 from data import ghost_attention, preferences, records
 from evaluate.reward_models import user_texts
+from llama2 import save
 from tinytown import annotator
 
 
@@ -83,6 +84,23 @@ def test_both_variants_and_all_processes_sample_with_seeds_of_their_own(inputs, 
         preferences.make_pairs(preference_settings(inputs, "", seed=seed), "cpu", rank)
     assert len(set(seeds[:6])) == 6
     assert seeds[6:] == seeds[:2]
+
+
+def test_own_answers_leave_room_for_the_variant_with_the_smaller_context(tmp_path, tok, base):
+    """The other model answers the same prompts, and has half of the chat model's context."""
+    other = tmp_path / "other"
+    save(other, make_model(vocab_size=tok.vocab_size, max_seq_len=128), tok)
+    prompt = dict(prompt=dialog(*"abcde"), own_answers=True)
+    path = write_jsonl(tmp_path / "q.jsonl", [prompt] * 8)
+    config = preferences.Settings(
+        chat=str(base),
+        other=str(other),
+        prompts=(str(path),),
+        annotator="nobody",
+        max_new_tokens=40,
+        **EXACT,
+    )
+    assert len(preferences.make_pairs(config, "cpu", 0)) == 8
 
 
 @pytest.mark.parametrize("annotator", ["tinytown", "person", "nobody"])

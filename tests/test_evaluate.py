@@ -153,6 +153,11 @@ def test_the_oldest_turns_of_a_prompt_are_dropped_where_the_context_is_too_small
     config = answers.Settings(folders=(str(base),), prompts=path, **EXACT)
     answers.main(config)
     assert seen == [["q", "a", "r"]] * 4
+    seen.clear()
+    long = dialog("what is it " * 60, "a", "q", "a", "r", system="s")
+    path = str(write_jsonl(tmp_path / "p.jsonl", [dict(SUM, prompt=long)]))
+    answers.main(replace(config, prompts=path))
+    assert seen == [["s", "q", "a", "r"]] * 2
 
 
 def test_annotators_agree_about_prompts_whose_earlier_answers_a_model_replaced():

@@ -311,6 +311,12 @@ def test_a_dialogue_that_its_own_answers_would_make_too_long_keeps_those_of_the_
     assert again == [longer, prompts[1], longer]
 
 
+def test_own_answers_may_fill_the_context_before_the_last_question(tok):
+    prompt = ask_again(tok, *"abcdefg")
+    model = make_model(max_seq_len=len(prompt.tokens) + 5, vocab_size=tok.vocab_size)
+    assert records.answer_again(model, tok, [prompt], 40, 1.0, 1) == [prompt]
+
+
 # -------------------------------------------------------------------------------------------- files
 def test_files_may_have_lines_or_an_array_whatever_their_names(tmp_path):
     data = [{"a": 1}, {"a": "\u2028é"}]
