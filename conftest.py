@@ -147,8 +147,13 @@ def inputs(tmp_path_factory, base, rm_folder, town):
     text, tokens = write("stories", town["stories"][:300]), str(folder / "tokens")
     tokenizer = str(base / "tokenizer.model")
     corpus.main(corpus.Settings(data=(text,), out=tokens, tokenizer=tokenizer))
+
+    def fitting(name):
+        """The prompts that leave room for an answer in the context of the small models."""
+        return [prompt for prompt in town[name] if len(str(prompt["prompt"])) < 400]
+
     rng, residents, pairs = random.Random(0), world.town(1), []
-    for prompt in town["compare-v1"][:40]:
+    for prompt in fitting("compare-v1")[:60]:
         good = prompts.good_answer(rng, prompt)
         bad = prompts.bad_answer(rng, prompt, residents)
         pairs.append(annotator.compare(rng, prompt, good, bad))
@@ -159,8 +164,8 @@ def inputs(tmp_path_factory, base, rm_folder, town):
         tokens=tokens,
         dialogues=write("dialogues", town["dialogues"][:60]),
         pairs=write("pairs", pairs),
-        prompts=write("prompts", town["prompts-v1"][:24]),
-        val_prompts=write("val", town["prompts-val"][:8]),
+        prompts=write("prompts", fitting("prompts-v1")[:24]),
+        val_prompts=write("val", fitting("prompts-val")[:8]),
     )
 
 
@@ -178,7 +183,7 @@ def stage(name, inputs, out, **changes):
         few = dict(seq_len=256, batch_size=3, micro_batch=2, val_fraction=0.1)
         settings = train_sft.Settings(data=(inputs.dialogues,), eval_every=5, **few, **often)
     elif name == "rm":
-        few = dict(batch_size=5, micro_batch=2, val_fraction=0.1, epochs=2)
+        few = dict(batch_size=5, micro_batch=2, val_fraction=0.2, epochs=2)
         settings = train_rm.Settings(
             kind="safety", data=(inputs.pairs,), eval_every=3, **few, **often
         )

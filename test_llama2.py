@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import random
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ from llama2 import (
     save,
     stream,
 )
-from tinytown import prompts, world
+from tinytown import conversations, prompts, world
 
 SMALL = dict(samples=2, temperatures=(1.0,), max_new_tokens=6, micro_batch=4, **EXACT)
 PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 20, 33, 80, 100], [1, 250]]
@@ -196,6 +197,20 @@ def test_too_many_tokens_for_cache_or_context_are_an_error():
         model(torch.zeros(1, 65, dtype=torch.long))
 
 
+def test_a_loaded_model_draws_no_weights_and_a_new_reward_model_a_small_head(
+    base, rm_folder, monkeypatch
+):
+    """The first scores are close to 0."""
+    model = RewardModel(ARGS)
+    assert not hasattr(model, "output")
+    assert 0 < model(torch.randint(300, (4, 20))).abs().max() < 0.5
+    monkeypatch.setattr(torch.nn.init, "normal_", None)
+    state = torch.get_rng_state()
+    for folder in (base, rm_folder / "safety"):
+        load(folder)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_bfloat16_rounds_matrix_products_but_not_weights_and_gradients():
     model, tokens = make_model(n_kv_heads=2), torch.randint(64, (2, 20))
     exact, dtypes = model(tokens), {}
@@ -226,6 +241,17 @@ def test_bfloat16_decoding_with_kv_cache_follows_the_full_forward_pass(weights_d
         logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1].float()
         chosen = logits.gather(1, torch.tensor(answer)[:, None]).squeeze(1)
         assert (logits.amax(1) - chosen).max() < 0.05 * logits.abs().max()
+
+
+def test_on_a_cpu_decoding_is_exact_also_with_bfloat16():
+    """Products of a few tokens would gain nothing from it: the same answers, the same logits."""
+    model, tokens = make_model(), torch.tensor([PROMPTS[2]])
+    exact = generate(model, PROMPTS, 20, temperature=1.0, seed=3)
+    logits = model(tokens, KVCache(ARGS, 1, 20))
+    model.matmul_dtype = "bfloat16"
+    assert generate(model, PROMPTS, 20, temperature=1.0, seed=3) == exact
+    assert torch.equal(model(tokens, KVCache(ARGS, 1, 20)), logits)
+    assert model(tokens).dtype == torch.bfloat16
 
 
 # -------------------------------------------------------------------------------------- chat format
@@ -482,17 +508,21 @@ def test_an_epoch_reads_each_sequence_once_in_a_new_order():
         orders.append(tokens[:, 0].tolist())
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(0, 200, 8))
     assert orders[0] != orders[1]
+    # No stride: the steps from one sequence to the next are of many sizes.
+    assert all(len({b - a for a, b in zip(order, order[1:])}) > 10 for order in orders)
 
 
 def test_sources_are_drawn_by_weight_times_size_also_after_resuming():
     mixture = mixture_of((9001, 1.0), (1001, 3.0))
     draws = [mixture.draw(step, 10) for step in range(400)]
     assert mixture.used[1] / 4000 == pytest.approx(3 / 12, abs=0.03)
-    resumed, mixture = (mixture_of((9001, 1.0), (1001, 3.0)) for _ in range(2))
-    for step in range(7):
-        mixture.draw(step, 10)
-    resumed.used = list(mixture.used)
-    assert resumed.draw(7, 10) == draws[7]
+    for steps in (7, 99):  # the small source of 125 sequences is then in its second epoch
+        resumed, mixture = (mixture_of((9001, 1.0), (1001, 3.0)) for _ in range(2))
+        for step in range(steps):
+            mixture.draw(step, 10)
+        resumed.used = list(mixture.used)
+        assert [resumed.draw(step, 10) for step in range(steps, 400)] == draws[steps:]
+    assert 125 < mixture.used[1] < 300
 
 
 def test_held_out_loss_and_bits_per_byte_by_hand(inputs):
@@ -601,16 +631,20 @@ def test_sft_loss_by_hand_and_without_gradient_on_prompts():
 
 def test_fine_tuning_learns_answers_and_eos(tmp_path, inputs):
     _, config = stage("sft", inputs, tmp_path / "out", epochs=20, batch_size=1, lr=3e-3)
-    record = json.loads(Path(inputs.dialogues).read_text().splitlines()[0])
+    config = replace(config, eval_every=100, save_every=1000)
+    dialogues = [json.loads(line) for line in Path(inputs.dialogues).read_text().splitlines()]
 
     def eos_probability(folder):
-        model, tok = load(folder)
-        tokens = torch.tensor([train_sft.encode_example(record, tok, 256).tokens])
-        return F.softmax(model(tokens)[0, -2], -1)[tok.eos_id].item()
+        """The mean probability of EOS after the last answer."""
+        (model, tok), values = load(folder), []
+        for record in dialogues[:20]:
+            tokens = torch.tensor([train_sft.encode_example(record, tok, 256).tokens])
+            values.append(F.softmax(model(tokens)[0, -2], -1)[tok.eos_id].item())
+        return sum(values) / len(values)
 
     metrics = train_sft.main(config)
-    assert eos_probability(inputs.base) < 0.1
-    assert eos_probability(config.out) > 0.5
+    assert eos_probability(inputs.base) < 0.01
+    assert eos_probability(config.out) > 0.3
     assert metrics["val_loss"] < losses(config.out)[1] / 2
 
 
@@ -733,6 +767,24 @@ def test_a_score_is_read_at_the_last_token_and_does_not_depend_on_the_batch(tok)
     tokens = encode_dialog(tok, too_long)[0][-256:]
     by_hand = model(torch.tensor([tokens]))[0, -1].item()
     assert llama2.score_dialogs(model, tok, [too_long])[0] == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_scores_are_exact_numbers_also_with_bfloat16(tok):
+    """Rewards differ by less than the steps of bfloat16, so the last product is in float32."""
+    model, sequences = make_reward_model(tok), [[1, 5, i, 2] for i in range(3, 40)]
+    model.matmul_dtype = "bfloat16"
+    scores = torch.tensor(llama2.score_sequences(model, sequences))
+    assert model(torch.tensor(sequences)).dtype == torch.float32
+    assert (scores != scores.bfloat16().float()).float().mean() > 0.9
+    tokens = torch.tensor(sequences)
+    with model.precision():
+        x = model.hidden(tokens)[:, -1].float()
+    assert torch.allclose(scores, x @ model.score.weight[0], atol=1e-5)
+
+
+def test_no_sequences_have_no_scores(tok):
+    """A process may have no held-out pair at all."""
+    assert llama2.score_sequences(make_reward_model(tok), []) == []
 
 
 def test_reward_model_starts_from_the_weights_of_the_chat_model(tmp_path, base):
@@ -869,7 +921,11 @@ def test_logprobs_and_values_are_at_the_positions_of_the_drawing():
 
 
 def make_prompts(tok, count):
-    wanted = prompts.preference_prompts(world.town(1), count)
+    """Prompts of several topics, some of them about safety."""
+    rng, residents, wanted = random.Random(0), world.town(1), []
+    for i in range(count):
+        topic = ("fact", "sum", "unsafe", "borderline")[i % 4]
+        wanted.append(prompts.make_prompt(rng, residents, "annotators", topic))
     return [records.to_prompt(record, tok, 64) for record in wanted]
 
 
@@ -912,8 +968,26 @@ def test_before_the_first_step_the_ratio_is_1_and_the_kl_is_0(tok, ppo_setup, dt
     assert stats["clip_fraction"] == 0
 
 
+def test_values_are_0_before_the_first_update_and_explain_nothing(tok, ppo_setup):
+    """The value model has the layers of the helpfulness model, which keeps its own head."""
+    # All answers are cut off here, and the penalty for that would shift all returns.
+    config, learner, models, batch, run = ppo_setup(missing_eos_penalty=0.0)
+    assert models["helpfulness"].score.weight.abs().max() > 0
+    tokens = torch.tensor(PROMPTS[2:3])
+    hidden = learner.value_model.hidden(tokens)
+    assert torch.equal(hidden, models["helpfulness"].hidden(tokens))
+    rollout, scores = train_rlhf.collect_rollout(learner, tok, models, batch, 3, config)
+    assert (rollout.values == 0).all()
+    sums = train_rlhf.update(learner, rollout, 0, config, run)
+    stats = train_rlhf.statistics(rollout, scores, sums)
+    assert abs(stats["explained_variance"]) < 1e-3
+    rollout, _ = train_rlhf.collect_rollout(learner, tok, models, batch, 3, config)
+    assert rollout.values.abs().max() > 0
+
+
 def test_micro_batches_and_padding_do_not_change_the_ppo_update(tok, ppo_setup):
-    config, learner, models, batch, run = ppo_setup(micro_batch=12, max_new_tokens=9)
+    config, learner, models, batch, run = ppo_setup(micro_batch=12, max_new_tokens=20)
+    learner.policy.output.weight.data[tok.eos_id] *= 3  # so that some answers end early
     rollout, _ = train_rlhf.collect_rollout(learner, tok, models, batch, 3, config)
     assert not rollout.response_mask.all()
     _, whole = sgd_update(learner, rollout, config, run)
@@ -1003,16 +1077,18 @@ def test_rejection_sampling_keeps_the_best_finished_answer_by_slow_loops(tok, rm
     run = SimpleNamespace(rank=0, world_size=1)
     best_answers, stats = train_rlhf.sample_best(policy, tok, models, batch, config, run)
     tokens = [prompt.tokens for prompt in batch for _ in range(8)]
-    answers = generate(policy, tokens, 20, 1.0, seed=1 + 10**6, eos_id=tok.eos_id)
+    seed = training.derive_seed(1, "best of K", 0)
+    answers = generate(policy, tokens, 20, 1.0, seed=seed, eos_id=tok.eos_id)
     sequences = [prompt + answer for prompt, answer in zip(tokens, answers)]
     helpfulness, safety = (llama2.score_sequences(models[kind], sequences) for kind in KINDS)
-    expected, highest = [], []
+    expected, highest, medians = [], [], []
     for n, prompt in enumerate(batch):
         rewards = {}
         for i in range(8 * n, 8 * n + 8):
             gated = prompt.is_safety or 1 / (1 + math.exp(-safety[i])) < 0.15
             rewards[i] = safety[i] if gated else helpfulness[i]
         highest.append(max(rewards.values()))
+        medians.append(statistics.median(rewards.values()))
         finished = [i for i in rewards if answers[i][-1] == tok.eos_id]
         if finished:
             best = max(finished, key=rewards.get)
@@ -1021,6 +1097,7 @@ def test_rejection_sampling_keeps_the_best_finished_answer_by_slow_loops(tok, rm
     assert 0 < len(expected)
     assert stats["left_out"] == 10 - len(expected)
     assert stats["max"] == pytest.approx(sum(highest) / 10, abs=1e-5)
+    assert stats["median"] == pytest.approx(sum(medians) / 10, abs=1e-5)
     assert stats["max"] > stats["median"]
 
 
@@ -1154,7 +1231,7 @@ def test_pre_prompt_joins_the_system_message_or_becomes_one(town):
     assert join("Be safe.", with_system) == dialog("a", system="Be safe. Be brief.")
     texts = {record["instruction"] for record in town["pre-prompts"]}
     assert len(texts) == 12 * 11
-    assert {prompts.pre_prompt(random.Random(i)) for i in range(30)} <= texts
+    assert {conversations.pre_prompt(random.Random(i)) for i in range(30)} <= texts
 
 
 def test_distillation_trains_on_the_answer_with_the_higher_safety_score(

@@ -357,8 +357,8 @@ def test_a_chat_through_a_pipe_continues_after_bad_input(base, rm_folder, monkey
 # -------------------------------------------------------------------------------- README: own data
 SHORT = {  # options that make a command of the README take seconds
     "data.corpus": "--vocab-size 400",
-    "train_pretrain.py": "--max-steps 20 --seq-len 64 --eval-tokens 640",
-    "train_sft.py": "--epochs 4 --batch-size 8",
+    "train_pretrain.py": "--max-steps 40 --seq-len 64 --eval-tokens 640",
+    "train_sft.py": "--epochs 4 --batch-size 2",
     "data.preferences": "--max-new-tokens 12",
     "train_rm.py": "--val-fraction 0 --lr 1e-4",
     "train_rlhf.py": "--samples 2 --iterations 2 --batch-size 4 --mini-batch 4 --max-new-tokens 40",

@@ -9,6 +9,8 @@ import torch
 
 from conftest import EXACT, dialog, make_model, write_jsonl
 from data import ghost_attention, preferences, records
+from evaluate.reward_models import user_texts
+from llama2 import save
 from tinytown import annotator
 
 
@@ -31,7 +33,7 @@ def test_both_models_answer_at_all_temperatures_and_in_either_order(monkeypatch)
 
     monkeypatch.setattr(preferences, "respond", respond)
     config = preferences.Settings(temperatures=(0.5, 1.0), max_new_tokens=33)
-    sixty = [{"prompt": f"p{i}"} for i in range(60)]
+    sixty = [records.Prompt(f"p{i}", False, [1]) for i in range(60)]
     pairs = preferences.generate_pairs(["new", "old"], None, sixty, 0, config)
     assert set(calls) == {("new", 33), ("old", 33)}
     assert all(text.endswith(f" p{i}") for i, pair in enumerate(pairs) for text in pair)
@@ -48,11 +50,15 @@ def test_blended_weights_are_a_weighted_mean_of_two_models():
     assert preferences.interpolate(chat, other, 0) is other
 
 
-def test_tinytown_annotator_labels_each_prompt_once(tmp_path, inputs, town, monkeypatch, capsys):
+def test_tinytown_annotator_labels_each_prompt_once(tmp_path, inputs, monkeypatch, capsys):
     config = preference_settings(inputs, tmp_path / "v1.jsonl")
     preferences.main(config)
-    labels, wanted = read(config.out), town["prompts-v1"][:24]
-    assert [record["prompt"] for record in labels] == [prompt["prompt"] for prompt in wanted]
+    labels, wanted = read(config.out), read(inputs.prompts)
+    assert list(map(user_texts, labels)) == list(map(user_texts, wanted))
+    # Where a prompt asks for it, the earlier answers are the chat model's own.
+    own = [prompt.get("own_answers", False) for prompt in wanted]
+    assert [a["prompt"] != b["prompt"] for a, b in zip(labels, wanted)] == own
+    assert 0 < sum(own) < sum(isinstance(prompt["prompt"], list) for prompt in wanted)
     for record, prompt in zip(labels, wanted):
         chosen, rejected = (annotator.quality(prompt, record[a]) for a in ("chosen", "rejected"))
         assert record["true_gap"] == chosen - rejected
@@ -64,6 +70,71 @@ def test_tinytown_annotator_labels_each_prompt_once(tmp_path, inputs, town, monk
     Path(f"{config.out}.made-of.json").unlink()
     with pytest.raises(ValueError, match="v1.jsonl exists"):
         preferences.main(config)
+
+
+def test_both_variants_and_all_processes_sample_with_seeds_of_their_own(inputs, monkeypatch):
+    seeds = []
+
+    def answer_all(model, tok, prompts, seed, config):
+        seeds.append(seed)
+        return [f"{seed} {i}" for i in range(len(prompts))]
+
+    monkeypatch.setattr(preferences, "answer_all", answer_all)
+    for seed, rank in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        preferences.make_pairs(preference_settings(inputs, "", seed=seed), "cpu", rank)
+    assert len(set(seeds[:6])) == 6
+    assert seeds[6:] == seeds[:2]
+
+
+def test_own_answers_leave_room_for_the_variant_with_the_smaller_context(tmp_path, tok, base):
+    """The other model answers the same prompts, and has half of the chat model's context."""
+    other = tmp_path / "other"
+    save(other, make_model(vocab_size=tok.vocab_size, max_seq_len=128), tok)
+    prompt = dict(prompt=dialog(*"abcde"), own_answers=True)
+    path = write_jsonl(tmp_path / "q.jsonl", [prompt] * 8)
+    config = preferences.Settings(
+        chat=str(base),
+        other=str(other),
+        prompts=(str(path),),
+        annotator="nobody",
+        max_new_tokens=40,
+        **EXACT,
+    )
+    assert len(preferences.make_pairs(config, "cpu", 0)) == 8
+
+
+@pytest.mark.parametrize("annotator", ["tinytown", "person", "nobody"])
+def test_pairs_of_equal_answers_are_left_out_whoever_compares_them(
+    tmp_path, inputs, monkeypatch, capsys, annotator
+):
+    wanted = read(inputs.prompts)
+    # Every third pair differs in spaces only.
+    answers = iter([["x y", "a", "a"] * 8, ["x  y", "b", "b"] * 8])
+    monkeypatch.setattr(preferences, "answer_all", lambda *_: next(answers))
+    config = preference_settings(inputs, tmp_path / "p.jsonl", annotator=annotator)
+    pairs = preferences.make_pairs(config, "cpu", 0)
+    texts = [user_texts(prompt) for i, prompt in enumerate(wanted) if i % 3]
+    assert [user_texts(pair) for pair in pairs] == texts
+    assert "8 pairs of equal answers left out" in capsys.readouterr().out
+
+
+def test_the_annotators_noise_belongs_to_the_pair():
+    """The i-th pairs of two rounds have other noise; the same pair has the same, wherever it is."""
+    fact = dict(topic="fact", name="Mira", attribute="pet", truth="goat", about="Mira's pet")
+
+    def choices(pairs):
+        records = preferences.compare_by_tinytown(pairs, seed=1)
+        return [record["chosen"] == pair[1] for record, pair in zip(records, pairs)]
+
+    rounds = []
+    for name in "pq":
+        prompts = [fact | dict(prompt=f"{name}{i}", is_safety=False) for i in range(200)]
+        rounds.append([(prompt, "A pet goat.", "A pet goat!") for prompt in prompts])
+    first, second = map(choices, rounds)
+    agree = sum(a == b for a, b in zip(first, second))
+    assert 70 < sum(first) < 130
+    assert 70 < agree < 130
+    assert choices(rounds[0][::-1]) == first[::-1]
 
 
 def test_a_person_can_label_pairs_and_continue_later(tmp_path, inputs, monkeypatch, capsys):
@@ -82,7 +153,7 @@ def test_a_person_can_label_pairs_and_continue_later(tmp_path, inputs, monkeypat
     answers = itertools.cycle([["x y", "x", "z"], ["y x", "y", "z"]])  # the last pair is equal
     monkeypatch.setattr(preferences, "answer_all", lambda *_: next(answers))
     preferences.main(config)
-    assert "1 pairs of equal answers are not shown" in capsys.readouterr().out
+    assert "1 pairs of equal answers left out" in capsys.readouterr().out
     pair = read(tmp_path / "labels.jsonl.pairs.jsonl")[0]
     label = dict(prompt="p0", chosen=pair["b"], rejected=pair["a"], rating="better", kind="safety")
     assert read(out) == [label | dict(chosen_safe=True, rejected_safe=False)]

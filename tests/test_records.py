@@ -8,7 +8,7 @@ import pytest
 
 import train_rm
 import train_sft
-from conftest import dialog, hh_text, write_jsonl
+from conftest import dialog, hh_text, make_model, write_jsonl
 from data import records
 from llama2 import encode_dialog
 
@@ -159,6 +159,7 @@ BAD = {
         ("p", 'expected an object with a "prompt"'),
         (dict(prompt="p", is_safety="yes"), "\"is_safety\" is 'yes'"),
         (dict(prompt="p", is_safety=1), '"is_safety" is 1'),
+        (dict(prompt="p", own_answers="yes"), "\"own_answers\" is 'yes'"),
         (dict(prompt=None), '"prompt" is neither'),
         (dict(prompt="p", images=["c.png"]), '"images" is not supported'),
         (dict(prompt="p", history=[["q", None]]), "message 2 is not a string"),
@@ -255,6 +256,65 @@ def test_prompts_without_room_for_an_answer_are_left_out_and_counted(tmp_path, t
     assert "{'no room for an answer in 64 tokens': 3}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no prompt to use; left out: .*: 4"):
         records.read_prompts([path], tok, 5)
+
+
+# ------------------------------------------------------------------------------------- own answers
+def ask_again(tok, *contents, system="", own_answers=True, context=200):
+    record = dict(prompt=dialog(*contents, system=system), own_answers=own_answers)
+    return records.to_prompt(record, tok, context)
+
+
+def test_the_models_own_answers_replace_those_of_a_dialogue_turn_by_turn(tok, monkeypatch):
+    """It answers later questions after it has read its own earlier answers, as in use."""
+    seen = []
+
+    def respond(model, tok, dialogs, max_new_tokens, temperature, seed):
+        texts = [[message["content"] for message in messages] for messages in dialogs]
+        seen.append((texts, max_new_tokens, temperature, seed))
+        return ["" if messages[-1] == "quiet" else f"own {messages[-1]}" for messages in texts]
+
+    monkeypatch.setattr(records, "respond", respond)
+    prompts = [
+        ask_again(tok, "a", "x", "b", "y", "c"),
+        ask_again(tok, "d", "z", "e", own_answers=False),
+        ask_again(tok, "f", "z", "g", system="s"),
+        ask_again(tok, "quiet", "kept", "h"),
+        records.to_prompt(dict(prompt="i", own_answers=True), tok, 200),
+    ]
+    again = records.answer_again(make_model(max_seq_len=200), tok, prompts, 9, 0.5, 1)
+    contents = [[m["content"] for m in prompt.text] for prompt in again[:4]]
+    assert contents[0] == ["a", "own a", "b", "own b", "c"]
+    assert again[1] is prompts[1]
+    assert contents[2] == ["s", "f", "own f", "g"]
+    assert contents[3] == ["quiet", "kept", "h"]  # an empty answer replaces nothing
+    assert again[4].text in ("i", dialog("i"))
+    for prompt in again[:4]:
+        assert prompt.tokens == encode_dialog(tok, prompt.text)[0]
+    texts = sum((texts for texts, *_ in seen), [])
+    assert ["a", "own a", "b"] in texts
+    assert {(count, temperature) for _, count, temperature, _ in seen} == {(9, 0.5)}
+    assert len({seed for *_, seed in seen}) == len(seen)
+    assert prompts[0].text == dialog("a", "x", "b", "y", "c")  # the file's record is unchanged
+
+
+def test_a_dialogue_that_its_own_answers_would_make_too_long_keeps_those_of_the_file(
+    tok, monkeypatch
+):
+    def respond(model, tok, dialogs, *_):
+        return ["the fox " * 9] * len(dialogs)
+
+    monkeypatch.setattr(records, "respond", respond)
+    prompts = [ask_again(tok, *"abc"), ask_again(tok, *"abcde"), ask_again(tok, *"abc")]
+    (longer,) = records.answer_again(make_model(max_seq_len=200), tok, prompts[:1], 9, 1.0, 1)
+    model = make_model(max_seq_len=len(longer.tokens) + 1)
+    again = records.answer_again(model, tok, prompts, 9, 1.0, 1)
+    assert again == [longer, prompts[1], longer]
+
+
+def test_own_answers_may_fill_the_context_before_the_last_question(tok):
+    prompt = ask_again(tok, *"abcdefg")
+    model = make_model(max_seq_len=len(prompt.tokens) + 5, vocab_size=tok.vocab_size)
+    assert records.answer_again(model, tok, [prompt], 40, 1.0, 1) == [prompt]
 
 
 # -------------------------------------------------------------------------------------------- files

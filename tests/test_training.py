@@ -20,6 +20,7 @@ import train_pretrain
 import train_rlhf
 import train_sft
 from common import run as runs
+from common.training import derive_seed
 from conftest import (
     ROOT,
     SCRIPTS,
@@ -34,6 +35,7 @@ from conftest import (
     stage,
     weights,
 )
+from data import records
 from llama2 import SIZES, generate, load
 
 
@@ -85,6 +87,15 @@ def test_pretraining_makes_a_model_of_its_size_that_learns_and_writes(tmp_path, 
     assert not (tmp_path / "out/resume.pt").exists()
     llama2.main(["complete", config.out, "Once upon", "--max-new-tokens", "5"])
     assert capsys.readouterr().out.startswith("Once upon")
+
+
+def test_a_part_of_a_run_has_its_own_seed():
+    parts = [(1, "a", step, 0) for step in range(1000)]
+    parts += [(2, "a", 3, 0), (1, "b", 3, 0), (1, "a", 3, 1), (1, "a"), (1, 13), (11, 3)]
+    seeds = [derive_seed(*part) for part in parts]
+    assert seeds == [derive_seed(*part) for part in parts]
+    assert len(set(seeds)) == len(parts)
+    assert all(0 <= seed < 2**32 for seed in seeds)
 
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -314,14 +325,20 @@ def fixed_answers(model, prompts, *_):
     return [[5 + len(prompt) % 7, 9 + sum(prompt) % 5, 2] for prompt in prompts]
 
 
+def fixed_texts(model, tok, dialogs, *_):
+    """The same for the model's own earlier answers."""
+    return [f"own {len(str(messages)) % 5}" for messages in dialogs]
+
+
 TWO_PROCESSES = """import sys
 import train_rlhf, train_sft
 from common.run import run_script
 from common.settings import parse_settings
 from common.training import print0
 from conftest import SCRIPTS
-from test_training import fixed_answers
-train_rlhf.generate = fixed_answers
+from data import records
+from test_training import fixed_answers, fixed_texts
+train_rlhf.generate, records.respond = fixed_answers, fixed_texts
 *commands, endless = open(sys.argv[1]).read().splitlines()
 for command in commands:
     name, *argv = command.split("\\t")
@@ -348,6 +365,7 @@ def two_processes(tmp_path_factory, inputs, answers_with_eos):
         commands.append("\t".join([name, *options(double)]))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_rlhf, "generate", fixed_answers)
+            patch.setattr(records, "respond", fixed_texts)
             script.main(single)
     _, endless = stage("sft", inputs, folder / "endless", epochs=500)
     commands.append("\t".join(options(endless)))
