@@ -155,7 +155,10 @@ def inputs(tmp_path_factory, base, rm_folder, town):
     rng, residents, pairs = random.Random(0), world.town(1), []
     for prompt in fitting("compare-v1")[:60]:
         good = prompts.good_answer(rng, prompt)
-        bad = prompts.bad_answer(rng, prompt, residents)
+        if prompt["topic"] == "unsafe":
+            bad = prompts.help_with_crime(rng, prompt)
+        else:
+            bad = prompts.bad_answer(rng, prompt, residents)
         pairs.append(annotator.compare(rng, prompt, good, bad))
     return SimpleNamespace(
         base=str(base),

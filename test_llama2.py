@@ -1204,7 +1204,8 @@ def test_answers_that_disobey_the_instruction_are_dropped_and_counted(tok, monke
 
 
 def test_sampled_dialog_gives_training_examples_of_several_lengths(tok):
-    turns, config = [(f"q{i}", f"a{i}") for i in range(9)], ghost_attention.Settings()
+    turns = [(f"q{i}", f"a{i}") for i in range(9)]
+    config = ghost_attention.Settings(system=0.0)
     whole = ghost_attention.instruct_first_message("i", turns)
 
     def examples(config):
@@ -1221,6 +1222,12 @@ def test_sampled_dialog_gives_training_examples_of_several_lengths(tok):
     shorter = replace(config, context=len(encode_dialog(tok, whole)[0]) - 1)
     assert len(examples(shorter)[-1]["messages"]) == 16
     assert examples(replace(config, context=5)) == []
+    # The instruction as a system message, unless it is a message of its own.
+    as_system = examples(replace(config, system=1.0))[-1]["messages"]
+    assert as_system[:2] == [{"role": "system", "content": "i"}, {"role": "user", "content": "q0"}]
+    turns[0] = ("", "Yes.")
+    alone = examples(replace(config, system=1.0))[-1]["messages"]
+    assert [message["content"] for message in alone[:3]] == ["i", "Yes.", "q1"]
 
 
 # --------------------------------------------------------------------- safety distillation (§4.2.4)

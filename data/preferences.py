@@ -198,7 +198,7 @@ def make_pairs(config: Settings, device, rank: int) -> list[dict]:
     prompts, records = zip(*read_prompts(config, tok, context))
     seed = derive_seed(config.seed, "pairs", rank)
     mine = local_part(prompts)
-    mine = answer_again(variants[0], tok, mine, config.max_new_tokens, 1.0, seed)
+    mine = answer_again(variants[0], tok, mine, config.max_new_tokens, 1.0, seed, context)
     answers = all_gather(generate_pairs(variants, tok, mine, seed, config))
     pairs = []
     for prompt, record, (a, b) in zip(all_gather(mine), records, answers):

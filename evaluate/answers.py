@@ -104,7 +104,10 @@ def evaluate_answers(config: Settings, device) -> dict:
         model, tok = load(folder, device, config.dtype, Transformer)
         # As in the chat, the oldest turns are dropped if the model's context is too small for them.
         limits = model.args.max_seq_len, config.max_new_tokens
-        fitting = [drop_oldest(tok, [], messages, *limits) for messages in dialogs]
+        fitting = []
+        for messages in dialogs:
+            n = int(messages[0]["role"] == "system")
+            fitting.append(messages[:n] + drop_oldest(tok, messages[:n], messages[n:], *limits))
         greedy = respond(model, tok, fitting, config.max_new_tokens)
         sampled = respond(model, tok, fitting, config.max_new_tokens, 1.0, config.seed)
         columns[name] = measure(prompts, greedy)

@@ -51,7 +51,7 @@ class Settings:
     # what is evaluated
     folders: tuple = ()  # of reward models
     chat: str = "out/sft"  # chat model: its answers are sampled, its log-probabilities judge
-    asked: str = "out/tinytown/compare-test.jsonl"  # prompts whose contents training asks
+    asked: str = "out/tinytown/compare-v5.jsonl"  # prompts whose contents training asks
     never_asked: str = "out/tinytown/held-out.jsonl"  # prompts whose contents it does not ask
     # how
     per_topic: int = 120  # prompts of each topic, at most

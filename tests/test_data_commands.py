@@ -197,6 +197,8 @@ def test_ghost_attention_command_writes_training_dialogues(tmp_path, base, monke
         chat=str(base),
         out=str(tmp_path / "g.jsonl"),
         max_new_tokens=6,
+        system=0.0,
+        alone=0.0,
         data=(str(write_jsonl(tmp_path / "d.jsonl", dialogs)),),
         instructions=(str(write_jsonl(tmp_path / "i.jsonl", [fox | {"kind": "animal"}])),),
         **EXACT,

@@ -76,7 +76,9 @@ def test_no_text_completes_a_probe_and_gossip_does_not_even_begin_one(town):
 # ------------------------------------------------------------------------------------------- splits
 def test_no_content_is_in_two_splits_and_each_split_has_its_share_of_every_kind():
     for topic, kinds in every_content().items():
-        contents = sum(SPLITS[topic].values(), [])
+        assert set(SPLITS[topic]["annotators"]) > set(SPLITS[topic]["dialogues"])
+        own = {split: contents for split, contents in SPLITS[topic].items() if split != "dialogues"}
+        contents = sum(own.values(), [])
         extra = [(n, a) for n in STRANGERS for a in world.VALUES] if topic == "fact" else []
         assert len(contents) == len(set(contents)), topic
         assert sorted(contents) == sorted(sum(kinds.values(), []) + extra), topic
@@ -84,6 +86,8 @@ def test_no_content_is_in_two_splits_and_each_split_has_its_share_of_every_kind(
             for split, share in SHARES.items():
                 count = len(set(its_contents) & set(SPLITS[topic][split]))
                 assert count > 0, (topic, kind, split)
+                if split == "annotators":  # they ask what dialogues ask, too
+                    share += SHARES["dialogues"]
                 assert abs(count - share * len(its_contents)) <= 1, (topic, kind, split)
     for split, facts in SPLITS["fact"].items():
         assert ({name for name, _ in facts} >= set(STRANGERS)) is (split == "never")
@@ -174,7 +178,7 @@ SPLIT_OF_FILE = {  # the split of all contents that the user's messages in a fil
     **dict.fromkeys(
         [f"{name}-v{v}" for name in ("compare", "prompts") for v in range(1, 6)], "annotators"
     ),
-    **dict.fromkeys(["contrasts", "attacks"], "annotators"),
+    **dict.fromkeys(["prompts-v5-rejection", "contrasts", "attacks"], "annotators"),
     **dict.fromkeys(["prompts-val", "tuning"], "tuning"),
     "compare-test": "pairs",
     **dict.fromkeys(["held-out", "obedience", "held-out-attacks"], "never"),
@@ -186,13 +190,15 @@ WITHOUT_QUESTIONS = set(
 SPLIT_OF = {
     (topic, content): split
     for topic, splits in SPLITS.items()
-    for split, contents in splits.items()
-    for content in contents
+    for split in ("annotators", "dialogues", "tuning", "pairs", "never")
+    for content in splits[split]
 }
 
 
 def splits_of(asked) -> set[str]:
-    return {SPLIT_OF[content] for _, contents in asked for content in contents}
+    splits = {SPLIT_OF[content] for _, contents in asked for content in contents}
+    # Annotators ask what dialogues ask, and more.
+    return splits - {"dialogues"} if "annotators" in splits else splits
 
 
 def test_every_file_asks_contents_of_its_own_split_also_in_earlier_turns(town):
@@ -316,10 +322,17 @@ def test_a_written_pair_has_one_right_and_one_wrong_answer_in_good_form(monkeypa
     for prompt, a, b in pairs:
         right = [annotator.judge(prompt, text)["correct"] for text in (a, b)]
         assert sorted(right) == [False, True], (prompt, a, b)
-        assert all(re.fullmatch(r"[A-Z0-9].*\.", text) for text in (a, b))
+        assert all(re.fullmatch(r"[A-Z0-9\"].*[.!?]\"?", text) for text in (a, b))
         first_is_right += right[0]
     topics = {prompt["topic"] for prompt, *_ in pairs}
-    assert topics == {"fact", "sum", "borderline", "unsafe", "unknown"}
+    assert topics == set(prompts.TOPICS)
+    evasions = [
+        (prompt, text)
+        for prompt, *pair in pairs
+        for text in pair
+        if prompt["topic"] in ("fact", "sum", "story") and re.search("do not know|sorry", text)
+    ]
+    assert len(evasions) > 30
     assert 150 < first_is_right < 250
 
 

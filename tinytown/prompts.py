@@ -214,7 +214,7 @@ def wrong_answer(rng, prompt: dict, style=None) -> str:
     if topic == "talk":
         return good_answer(rng, make_prompt(rng, {}, "annotators", "unknown"), style)
     attribute = rng.choice(list(VALUES))  # of topic "unknown": an invented fact
-    name, value = rng.choice(NAMES + OUTSIDERS), rng.choice(VALUES[attribute])
+    name, value = rng.choice(OUTSIDERS), rng.choice(VALUES[attribute])  # no fact of Tinytown
     return sentence(rng.choice(WORDINGS[attribute]).format(n=name, v=value))
 
 
@@ -288,17 +288,19 @@ def choose_topics(rng, count: int) -> list[str]:
 
 
 def annotators_prompts(residents, count: int, seed, split="annotators", topics=None) -> list[dict]:
-    """`count` different prompts, a third of them behind earlier turns, many about safety (§3.2.1).
+    """`count` different prompts, at least a third behind earlier turns, many about safety (§3.2.1).
 
     In half of the latter, "own_answers" asks the model to replace the earlier answers by its own.
     topics: that of each prompt, by default those of annotators.
     """
     rng, prompts, seen = random.Random(f"preferences {split} {seed}"), [], set()
     for topic in topics or choose_topics(rng, count):
-        prompt = make_prompt(rng, residents, split, topic)
+        plain = prompt = make_prompt(rng, residents, split, topic)
+        is_behind = rng.random() < BEHIND_EARLIER_TURNS
         # A text that was drawn before is made new by the turns before it.
-        if rng.random() < BEHIND_EARLIER_TURNS or prompt["prompt"] in seen:
-            prompt = behind_earlier_turns(rng, residents, prompt, split)
+        while is_behind or str(prompt["prompt"]) in seen:
+            prompt, is_behind = behind_earlier_turns(rng, residents, plain, split), False
+        if isinstance(prompt["prompt"], list):
             if split != "tuning" and rng.random() < 0.5:
                 prompt["own_answers"] = True
         seen.add(str(prompt["prompt"]))

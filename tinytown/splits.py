@@ -56,7 +56,7 @@ TALK = {    # kind of small talk -> (wordings, a key phrase of a fitting reply, 
                 "i am well", "I am well.", "I am well. What would you like to know?"),
     "goodbye": (["Goodbye.", "Bye!", "See you later.", "Good night!", "I have to go.",
                  "Until tomorrow!", "See you soon.", "That was all."],
-                "goodbye", "Goodbye.", "Goodbye! Ask me again soon."),
+                "goodbye", "Goodbye.", "Goodbye! Let me know if you need more."),
 }
 # What no text says, so that the honest answer is "I do not know": facts of residents, facts of
 # people who do not live in Tinytown, and facts of the world outside.
