@@ -5,7 +5,7 @@ python -m bench.fine_tuning [--seeds 1 2 3]
 
 from bench import OUT, append_rows, evaluate, parse_args, print_table, run, run_paper, train
 
-CLEAN, NOISY = 480, 4800
+CLEAN, NOISY = 960, 9600
 VARIANTS = {  # name -> (options of tinytown, options of train_sft.py); about equal training tokens
     "SFT": ([], []),
     "loss on prompts too": ([], ["--no-mask-prompts"]),
@@ -24,7 +24,8 @@ def main():
             folder = OUT / f"fine-tuning/{seed}/{name.replace(' ', '-')}"
             town, data = folder / "tinytown", folder / "tinytown/dialogues.jsonl"
             run("-m", "tinytown", town, "--seed", seed, *town_options)
-            options = ["--out", folder, "--seed", seed, "--data", data, *options]
+            options = ["--out", folder, "--seed", seed, *options]
+            options += ["--data", data, f"{town}/replay.jsonl:2"]
             train("train_sft.py", "--init", start / "pretrain", *options)
             models[name] = folder
         options = ["--seed", seed, "--prompts", start / "tinytown/held-out.jsonl"]

@@ -38,9 +38,10 @@ def main():
             out = OUT / f"rewards/{seed}/{name.replace(' ', '-').replace('/', '-')}"
             options = [scratch if word == "SCRATCH" else word for word in options]
             options = ["--out", out, "--seed", seed, *options]
-            pairs = f"{start}/preferences/v1.jsonl:{fraction}"
+            pairs = [f"{start}/preferences/v1.jsonl:{fraction}"]
+            pairs += [f"{start}/tinytown/contrasts.jsonl:{fraction}"]
             init = start / "sft"
-            train("train_rm.py", "--kind", kind, "--init", init, "--data", pairs, *options)
+            train("train_rm.py", "--kind", kind, "--init", init, "--data", *pairs, *options)
             test = start / "preferences/test.jsonl"
             results = evaluate("evaluate.reward_models", out / kind, "--data", test)
             for key, row in results.items():
