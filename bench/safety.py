@@ -69,7 +69,9 @@ def scaling(seeds):
             topics = rng.choices(["fact", "sum", "story", "borderline"], weights, k=HELPFUL)
             helpful = []
             for topic in topics:
-                helpful.append(good_dialogue(rng, prompts.make_prompt(rng, residents, "dialogues", topic)))
+                helpful.append(
+                    good_dialogue(rng, prompts.make_prompt(rng, residents, "dialogues", topic))
+                )
             safety = []
             for _ in range(SAFETY):
                 how = rng.choice(list(prompts.ATTACKS))
