@@ -112,7 +112,7 @@ def control(seeds):
     columns = {}
     for seed in seeds:
         start, out = run_paper(seed), OUT / f"control/{seed}"
-        few = ["--method", "rejection-sampling"]  # 640 prompts, 8 answers each: as many as PPO's
+        few = ["--method", "rejection-sampling"]  # 960 prompts, 8 answers each: as many as PPO
         folders = [start / "sft", start / "rlhf/v4", start / "rlhf/v5", start / "rlhf/v5-rejection"]
         few_prompts = "prompts-v5-rejection"
         best = train_version(start, out / "best", seed, "sft", "v1", few_prompts, *few)

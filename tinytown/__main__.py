@@ -18,7 +18,7 @@ VERSIONS = 5  # V1 to V5 of §3.2.3, each with its own prompts
 FIRST_PAIRS = 6000  # prompts to compare answers to, before V1
 LATER_PAIRS = 2000  # the same, before each later version
 CONTRASTS = 2000  # pairs that annotators wrote
-PPO_PROMPTS = 5120  # of V5
+PPO_PROMPTS = 7680  # of V5
 REPLAY_COUNTS = {"encyclopedia": 1000, "arithmetic": 800, "stories": 300}
 
 
