@@ -155,7 +155,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, inputs, monkeypatch):
     "name, metric", [("pretrain", "val/stories"), ("sft", "val_loss"), ("rm", "accuracy")]
 )
 def test_the_best_or_the_last_model_is_kept_also_after_resuming(
-    tmp_path, inputs, name, metric, monkeypatch
+    tmp_path, inputs, name, metric, monkeypatch, capsys
 ):
     """The second evaluation is the best one."""
     script, config = stage(name, inputs, tmp_path / "last", eval_every=2, keep="last")
@@ -175,6 +175,7 @@ def test_the_best_or_the_last_model_is_kept_also_after_resuming(
     best = replace(config, out=str(tmp_path / "best"), keep="best")
     crash(script, best, monkeypatch, step=7)
     script.main(replace(best, resume=True))
+    assert "kept: the model of step 4, the best of this run" in capsys.readouterr().out
     assert max_difference(weights(model_folder(best)), states[1]) == 0
     assert difference(best, config) > 0
     with pytest.raises(ValueError, match="made with other settings: eval_every was 2, now 3"):
