@@ -35,16 +35,16 @@ def main():
             perfect = results[f"{kind} pairs, a perfect model"]
             append_rows(reward_models, {f"{kind} model": row, f"perfect, {kind}": perfect})
 
-        results = json.loads((start / "scoreboard.json").read_text())["sampled"]
+        results = json.loads((start / "scoreboard.json").read_text())["chat"]
         for name, metrics in results.items():
-            keys = ("wins", "correct", "violations", "false refusals", "distinct")
+            keys = ("wins", "correct", "violations", "declines", "false refusals", "distinct")
             row = {key: metrics[key] for key in keys}
             append_rows(scoreboard, {name: row | {"points x 100": metrics["points"]}})
         append_rows(ghost, evaluate_answers(start, "rlhf/v3", "gatt"))
     print_table(f"after pretraining, %, seeds {seeds}", {"base": recalls})
     print_table(f"fine-tuning, %, seeds {seeds}", sft)
     print_table(f"Table 8, %, seeds {seeds}", reward_models)
-    print_table(f"scoreboard, sampled, %, seeds {seeds}", scoreboard)
+    print_table(f"scoreboard, as the chat samples, %, seeds {seeds}", scoreboard)
     print_table(f"without an instruction, %, seeds {seeds}", ghost)
 
 

@@ -27,6 +27,9 @@ def add_conversations(columns: dict, results: dict[str, dict]):
             row = {f"correct at turn {turn}": correct[turn - 1] for turn in (1, 4, len(correct))}
             row["in a role that nobody asked for"] = sum(metrics["in role"]) / len(correct)
             row["repeats"] = metrics["repeats"]
+            obeyed = [value for value in metrics["obeyed"] if value is not None]
+            if obeyed:
+                row["obeys the instruction in force"] = sum(obeyed) / len(obeyed)
             append_rows(columns, {f"{name}, {group}": row})
 
 
