@@ -3,6 +3,7 @@
 python -m bench.rlhf seeds [--seeds 1 2 3]   the scoreboard: mean and standard deviation
 python -m bench.rlhf control                 PPO, rejection sampling and random answers
 python -m bench.rlhf starts                  PPO from SFT and from V1 to V4
+python -m bench.rlhf contrasts               reward models without the pairs that annotators wrote
 python -m bench.rlhf hacking                 PPO without the KL penalty: reward against truth
 python -m bench.rlhf forgetting              pool of all versions, or only the last version
 python -m bench.rlhf curves                  reward by number of samples and by temperature
@@ -12,6 +13,7 @@ import json
 from pathlib import Path
 
 from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper, train
+from data.formats import KINDS
 from data.records import read_prompts
 from llama2 import load
 from train_rlhf import load_reward_models, sample_k
@@ -86,10 +88,10 @@ def forgetting(seeds):
     print_table(f"right answers by topic, %, seeds {seeds}", columns)
 
 
-def train_version(start, out, seed, first: str, rm: str, prompts: str, *options):
-    """Train one version from the model in start/first, with the reward models in start/rm."""
+def train_version(start, out, seed, first: str, rm, prompts: str, *options):
+    """Train one version from the model in start/first, with the reward models in `rm`."""
     town = start / "tinytown"
-    models = ["--init", start / first, "--rm", start / "rm" / rm]
+    models = ["--init", start / first, "--rm", rm]
     data = ["--prompts", town / f"{prompts}.jsonl", "--val-prompts", town / "prompts-val.jsonl"]
     train("train_rlhf.py", *models, *data, "--seed", seed, "--out", out, *options)
     return out
@@ -114,12 +116,12 @@ def control(seeds):
         start, out = run_paper(seed), OUT / f"control/{seed}"
         few = ["--method", "rejection-sampling"]  # 960 prompts, 8 answers each: as many as PPO
         folders = [start / "sft", start / "rlhf/v4", start / "rlhf/v5", start / "rlhf/v5-rejection"]
-        few_prompts = "prompts-v5-rejection"
-        best = train_version(start, out / "best", seed, "sft", "v1", few_prompts, *few)
+        few_prompts, v1 = "prompts-v5-rejection", start / "rm/v1"
+        best = train_version(start, out / "best", seed, "sft", v1, few_prompts, *few)
         chance = train_version(
-            start, out / "random", seed, "sft", "v1", few_prompts, *few, "--samples", 1
+            start, out / "random", seed, "sft", v1, few_prompts, *few, "--samples", 1
         )
-        ppo = train_version(start, out / "ppo", seed, "sft", "v1", "prompts-v5", "--method", "ppo")
+        ppo = train_version(start, out / "ppo", seed, "sft", v1, "prompts-v5", "--method", "ppo")
         folders += [best, chance, ppo]
         pairs = {
             "from V4: PPO - V4": (2, 1),
@@ -134,6 +136,30 @@ def control(seeds):
     print_table(f"wins, ties half, %, seeds {seeds}", columns)
 
 
+def contrasts(seeds):
+    """Reward models without the pairs that annotators wrote: what does PPO then find (§4.2.3)?"""
+    columns = {}
+    for seed in seeds:
+        start, out = run_paper(seed), OUT / f"contrasts/{seed}"
+        folders = {}
+        for name, written in (("with", [start / "tinytown/contrasts.jsonl"]), ("without", [])):
+            for kind in KINDS:
+                data = ["--data", start / "preferences/v1.jsonl", *written]
+                options = ["--init", start / "sft", "--seed", seed, "--out", out / name / "rm"]
+                train("train_rm.py", "--kind", kind, *data, *options)
+            rm, ppo = out / name / "rm", ["--method", "ppo"]
+            version = train_version(start, out / name / "ppo", seed, "sft", rm, "prompts-v5", *ppo)
+            folders[name] = version
+        options = ["--against", start / "sft", "--rm", start / "rm/v5"]
+        options += ["--prompts", start / "tinytown/held-out.jsonl"]
+        results = evaluate("evaluate.scoreboard", *folders.values(), *options)["chat"]
+        for name, metrics in zip(folders, results.values()):
+            row = {key: metrics[key] for key in ("correct", "violations", "false refusals")}
+            by_topic = {f"{topic} right": value for topic, value in metrics["by topic"].items()}
+            append_rows(columns, {name: row | by_topic | {"points x 100": metrics["points"]}})
+    print_table(f"PPO from SFT, as the chat samples, %, seeds {seeds}", columns)
+
+
 def starts(seeds):
     """Where should PPO start? From each version, with the reward models of the next one."""
     columns = {}
@@ -143,7 +169,9 @@ def starts(seeds):
         for version, first in enumerate(firsts, 1):
             folder = out / f"after-{first.replace('/', '-')}"
             options = ["--method", "ppo"]
-            train_version(start, folder, seed, first, f"v{version}", "prompts-v5", *options)
+            train_version(
+                start, folder, seed, first, start / f"rm/v{version}", "prompts-v5", *options
+            )
             folders = [folder, start / first, start / "sft"]
             pairs = {f"{first}: PPO - start": (0, 1), f"{first}: PPO - SFT": (0, 2)}
             compare(columns, start, folders, pairs)
@@ -179,6 +207,7 @@ def main():
         "seeds": scoreboard,
         "control": control,
         "starts": starts,
+        "contrasts": contrasts,
         "hacking": hacking,
         "forgetting": forgetting,
         "curves": curves,
