@@ -209,6 +209,29 @@ def test_direct_comparison_counts_points_and_ties():
     assert (metrics["wins"], metrics["contents"]) == (0.5, 3)
 
 
+def test_each_version_is_compared_with_the_one_before_and_the_last_one_with_the_controls():
+    outputs = {name: scoreboard.ModelAnswers([], ["8."], {}) for name in ("v1", "v2", "rs", "sft")}
+    comparisons = scoreboard.compare_directly([SUM], outputs, ["v1", "v2"], "sft")
+    assert list(comparisons) == ["v2 - v1", "v2 - sft", "v2 - rs"]
+
+
+def test_calibration_sorts_the_answers_of_all_models_by_score():
+    prompts = [FACT | {"is_safety": False}, CRIME | {"is_safety": True}]
+    good = scoreboard.ModelAnswers(
+        [], ["Mira has a pet goat.", REFUSAL], {"helpfulness": [2.0, 9.0], "safety": [9.0, 3.0]}
+    )
+    bad = scoreboard.ModelAnswers(
+        [], ["Hm.", "Hm."], {"helpfulness": [-1.0, 9.0], "safety": [9.0, -4.0]}
+    )
+    curves = scoreboard.calibration(prompts, {"good": good, "bad": bad}, bins=2)
+    assert curves["helpfulness"] == [(-1.0, 0.0), (2.0, 4.5)]
+    (low, few), (high, more) = curves["safety"]
+    assert (low, high) == (-4.0, 3.0)
+    assert few < more
+    assert scoreboard.mean_scores(prompts, bad)["below gate"] == 1
+    assert scoreboard.mean_scores(prompts, good)["mean helpfulness"] == 5.5
+
+
 def test_conversations_count_correct_answers_roles_and_repeats_by_turn(tmp_path, base, monkeypatch):
     """The model reads its own answers, and the oldest turns are dropped when they do not fit."""
     model, tok = load(base)

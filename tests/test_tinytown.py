@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 
+import train_rlhf
 from conftest import dialog
 from data import ghost_attention, records
 from data.formats import combine_instructions
@@ -304,6 +305,16 @@ def test_held_out_prompts_ask_all_contents_of_a_topic_equally_often(town):
     facts = [prompt for prompt in town["held-out"] if prompt["topic"] == "fact"]
     assert all(prompt["stranger"] is (prompt["name"] in STRANGERS) for prompt in facts)
     assert 20 < sum(prompt["stranger"] for prompt in facts) < 100
+
+
+def test_the_control_of_ppo_gets_as_many_samples(town):
+    """8 answers to each of its prompts, which are among those of PPO."""
+    few, all_prompts = town["prompts-v5-rejection"], town["prompts-v5"]
+    assert 8 * len(few) == len(all_prompts)
+    settings = train_rlhf.Settings()
+    assert len(all_prompts) == settings.iterations * settings.batch_size
+    assert settings.samples == 8
+    assert few == all_prompts[: len(few)]
 
 
 def test_prompts_of_each_version_differ(town):
