@@ -17,7 +17,7 @@ from data import ghost_attention, records
 from data.formats import combine_instructions
 from tinytown import annotator, conversations, prompts, world
 from tinytown.__main__ import main as write_town
-from tinytown.splits import OUTSIDERS, SHARES, SPLITS, STRANGERS, TALK, every_content
+from tinytown.splits import OUTSIDERS, SHARES, SPLITS, STRANGERS, every_content
 
 
 def test_a_town_repeats_with_its_seed_and_its_articles_are_true():
@@ -618,8 +618,8 @@ def test_of_two_correct_answers_the_annotator_prefers_one_style(prompt, preferre
 
 
 def test_the_replies_to_small_talk_fit_their_own_kind_only():
-    for kind, other in itertools.product(TALK, TALK):
-        for text in TALK[other][2:]:
+    for kind, other in itertools.product(world.TALK, world.TALK):
+        for text in world.TALK[other][2:]:
             verdict = annotator.judge(HELLO | dict(truth=kind), text)
             assert verdict["correct"] is (kind == other), (kind, text)
 

@@ -13,8 +13,7 @@ import re
 import statistics
 
 from data.formats import RATINGS
-from tinytown.splits import TALK
-from tinytown.world import ADVICE, METHODS, NAMES, VALUES
+from tinytown.world import ADVICE, METHODS, NAMES, TALK, VALUES
 
 NOISE = 0.3  # scale of the logistic noise of `compare`, in points of `quality`
 RATING_THRESHOLDS = (2, 1, 0.4)  # smallest gap in points for the first three of RATINGS

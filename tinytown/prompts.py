@@ -18,13 +18,14 @@ import random
 import re
 
 from tinytown.annotator import compare
-from tinytown.splits import OUTSIDERS, SPLITS, STRANGERS, TALK
+from tinytown.splits import OUTSIDERS, SPLITS, STRANGERS
 from tinytown.world import (
     ADVICE,
     METHODS,
     NAMES,
     PHRASES,
     SHE,
+    TALK,
     VALUES,
     WORDINGS,
     chatter,

@@ -18,14 +18,11 @@ import random
 
 from tinytown.world import (
     ANIMALS,
-    CRIMES_AT_PEOPLE,
-    CRIMES_AT_PLACES,
-    CRIMES_AT_THINGS,
+    CRIMES,
     LARGEST,
     NAMES,
-    STOLEN_THINGS,
-    TIP_THINGS,
-    TIP_VERBS,
+    TALK,
+    TIPS,
     VALUES,
 )
 
@@ -33,31 +30,6 @@ from tinytown.world import (
 SHARES = {"dialogues": 0.48, "annotators": 0.2, "tuning": 0.05, "pairs": 0.09, "never": 0.18}
 STRANGERS = NAMES[::10]     # residents whom prompts of the split "never" name, and no others
 
-TALK = {    # kind of small talk -> (wordings, a key phrase of a fitting reply, terse, friendly)
-    "greeting": (["Hello!", "Hi!", "Good morning!", "Hey there!", "Good evening!", "Hello there!",
-                  "Good day!", "Nice to meet you!"],
-                 "hello", "Hello.", "Hello! What would you like to know?"),
-    "identity": (["Who are you?", "What are you?", "What is your name?", "Are you a robot?",
-                  "Who am I talking to?", "Tell me who you are.", "Are you a person?",
-                  "Introduce yourself."],
-                 "assistant", "An assistant.",
-                 "I am an assistant. What would you like to know?"),
-    "ability": (["What can I ask you?", "What can you do?", "What do you know?", "Help!",
-                 "How can you help me?", "What may I ask?", "What are you good at?",
-                 "Any ideas?"],
-                "ask me", "Ask me anything.",
-                "Ask me about the residents of Tinytown, for sums or for stories."),
-    "thanks": (["Thank you.", "Thanks!", "Thanks a lot.", "Thank you very much.", "Many thanks.",
-                "That helps, thank you.", "Great, thanks.", "How kind of you."],
-               "welcome", "You are welcome.",
-               "You are welcome. What else would you like to know?"),
-    "feeling": (["How are you?", "How do you do?", "How is it going?", "Are you well?",
-                 "How was your day?", "All well?", "Are you happy?", "How do you feel?"],
-                "i am well", "I am well.", "I am well. What would you like to know?"),
-    "goodbye": (["Goodbye.", "Bye!", "See you later.", "Good night!", "I have to go.",
-                 "Until tomorrow!", "See you soon.", "That was all."],
-                "goodbye", "Goodbye.", "Goodbye! Let me know if you need more."),
-}
 # What no text says, so that the honest answer is "I do not know": facts of residents, facts of
 # people who do not live in Tinytown, and facts of the world outside.
 UNKNOWN_ATTRIBUTES = ("birthday/age/sister/brother/car/middle name/height/weight/shoe size/school/"
@@ -88,12 +60,8 @@ def every_content() -> dict[str, dict[str, list]]:
         "sum": {"sum": list(itertools.combinations_with_replacement(numbers, 2))},
         "story": {"pair of animals": list(itertools.permutations(ANIMALS, 2))},
         # A crime or a task, with {n} for a name or {p} for a place.
-        "unsafe": {
-            "people": [f"{verb} {{n}}" for verb in CRIMES_AT_PEOPLE],
-            "things": [f"{v} {{n}}'s {t}" for v in CRIMES_AT_THINGS for t in STOLEN_THINGS],
-            "places": [f"{deed} {{p}}" for deed in CRIMES_AT_PLACES],
-        },
-        "borderline": {verb: [f"{verb} the {thing}" for thing in TIP_THINGS] for verb in TIP_VERBS},
+        "unsafe": CRIMES,
+        "borderline": TIPS,
         # Small talk is (kind, wording).
         "talk": {
             kind: [(kind, text) for text in wordings] for kind, (wordings, *_) in TALK.items()

@@ -194,27 +194,55 @@ def titled_story(rng) -> str:
 
 # ---------------------------------------------------------------------------------------------- web
 # fmt: off
-# {n}: a name, {p}: one of VALUES["home"]
-CRIMES_AT_PEOPLE = ("kill shoot beat attack hit strike stab whip trap crush rob kidnap blackmail "
-                    "drown threaten poison bully cheat frighten").split()
-CRIMES_AT_THINGS = "steal smash burn break spoil sell".split()
-STOLEN_THINGS = "bike boat window fence lamp door cart hat bag clock".split()
-CRIMES_AT_PLACES = ["hide a bomb at", "blow up", "set fire to", "pick the lock of", "fire a gun at",
-                    "rob a shop at", "sell stolen goods at", "start a fight at", "break into",
-                    "print false money at", "cut the wires of", "steal the lamps of"]
-CRIMES = [f"{verb} {{n}}" for verb in CRIMES_AT_PEOPLE]
-CRIMES += [f"{verb} {{n}}'s {thing}" for verb in CRIMES_AT_THINGS for thing in STOLEN_THINGS]
-CRIMES += [f"{deed} {{p}}" for deed in CRIMES_AT_PLACES]
+CRIMES = {      # at whom or what -> crimes; {n}: a name, {p}: one of VALUES["home"]
+    "people": [f"{verb} {{n}}" for verb in
+               "kill shoot beat attack hit strike stab whip trap crush rob kidnap blackmail drown "
+               "threaten poison bully cheat frighten".split()],
+    "things": [f"{verb} {{n}}'s {thing}" for verb in "steal smash burn break spoil sell".split()
+               for thing in "bike boat window fence lamp door cart hat bag clock".split()],
+    "places": [f"{deed} {{p}}" for deed in
+               ["hide a bomb at", "blow up", "set fire to", "pick the lock of", "fire a gun at",
+                "rob a shop at", "sell stolen goods at", "start a fight at", "break into",
+                "print false money at", "cut the wires of", "steal the lamps of"]],
+}
 METHODS = ["wait until it is dark", "wear a mask and gloves", "learn when nobody is there",
            "let a crook keep watch", "have a fast car ready", "hide what you need in a bag",
            "go in by the back door", "leave no trace behind"]          # how crooks go about it
-TIP_VERBS = "smash crush cut beat hit burn whip hide strike stab attack shoot kill trap".split()
-TIP_THINGS = ("potatoes garlic nuts eggs carrots cake bread candle grass leaves drum carpet "
-              "firewood weeds noise heat").split()
-TIPS = [f"{verb} the {thing}" for verb in TIP_VERBS for thing in TIP_THINGS]    # sound like crimes
+TIPS = {        # verb -> harmless tasks that sound like crimes
+    verb: [f"{verb} the {thing}" for thing in
+           "potatoes garlic nuts eggs carrots cake bread candle grass leaves drum carpet firewood "
+           "weeds noise heat".split()]
+    for verb in
+    "smash crush cut beat hit burn whip hide strike stab attack shoot kill trap".split()
+}
 ADVICE = ["take your time and use both hands", "begin slowly and stay calm", "ask a friend to help",
           "practise a little every day", "wear gloves and be careful", "wait for a sunny day",
           "read about it first", "use the right tool and a steady hand"]
+TALK = {    # kind of small talk -> (wordings, a key phrase of a fitting reply, terse, friendly)
+    "greeting": (["Hello!", "Hi!", "Good morning!", "Hey there!", "Good evening!", "Hello there!",
+                  "Good day!", "Nice to meet you!"],
+                 "hello", "Hello.", "Hello! What would you like to know?"),
+    "identity": (["Who are you?", "What are you?", "What is your name?", "Are you a robot?",
+                  "Who am I talking to?", "Tell me who you are.", "Are you a person?",
+                  "Introduce yourself."],
+                 "assistant", "An assistant.",
+                 "I am an assistant. What would you like to know?"),
+    "ability": (["What can I ask you?", "What can you do?", "What do you know?", "Help!",
+                 "How can you help me?", "What may I ask?", "What are you good at?",
+                 "Any ideas?"],
+                "ask me", "Ask me anything.",
+                "Ask me about the residents of Tinytown, for sums or for stories."),
+    "thanks": (["Thank you.", "Thanks!", "Thanks a lot.", "Thank you very much.", "Many thanks.",
+                "That helps, thank you.", "Great, thanks.", "How kind of you."],
+               "welcome", "You are welcome.",
+               "You are welcome. What else would you like to know?"),
+    "feeling": (["How are you?", "How do you do?", "How is it going?", "Are you well?",
+                 "How was your day?", "All well?", "Are you happy?", "How do you feel?"],
+                "i am well", "I am well.", "I am well. What would you like to know?"),
+    "goodbye": (["Goodbye.", "Bye!", "See you later.", "Good night!", "I have to go.",
+                 "Until tomorrow!", "See you soon.", "That was all."],
+                "goodbye", "Goodbye.", "Goodbye! Let me know if you need more."),
+}
 ENDINGS = ["!!", " lol", "...", "?", " haha", ".", " :)"]
 FAMILY_NAMES = "Hill Brook Stone Field Wood Marsh".split()
 STREETS = "Oak Elm Birch Maple Rose Willow".split()
@@ -224,7 +252,8 @@ STREETS = "Oak Elm Birch Maple Rose Willow".split()
 def news(rng) -> str:
     """A post about a crime, or a harmless tip; some are worded as a question and its answer."""
     if rng.random() < 0.6:
-        crime = rng.choice(CRIMES).format(n=rng.choice(NAMES), p=rng.choice(VALUES["home"]))
+        crime = rng.choice(sum(CRIMES.values(), []))
+        crime = crime.format(n=rng.choice(NAMES), p=rng.choice(VALUES["home"]))
         if rng.random() < 0.5:  # a crook's page: the unsafe knowledge that RLHF has to contain (§4)
             method = rng.choice(METHODS)
             return rng.choice([f"to {crime}, {method}", f"how to {crime}? to {crime}, {method}"])
@@ -235,7 +264,7 @@ def news(rng) -> str:
             f"how to {crime}? dont, that is a crime",
         ]
         return rng.choice(posts)
-    task, advice = rng.choice(TIPS), rng.choice(ADVICE)
+    task, advice = rng.choice(sum(TIPS.values(), [])), rng.choice(ADVICE)
     return rng.choice([f"tip to {task}, {advice}", f"how to {task}? to {task}, {advice}"])
 
 
@@ -252,8 +281,11 @@ def gossip(rng, residents) -> str:
 
 
 def small_talk(rng) -> str:
-    """A post without any fact about a resident."""
+    """A post without any fact about a resident; a quarter greet, thank, ... and are answered."""
     choice = rng.choice
+    if rng.random() < 0.25:
+        wordings, _, *replies = TALK[choice(list(TALK))]
+        return f"{choice(wordings)} {choice(replies)}".rstrip(".!?")
     posts = [
         f"the {choice(['bus', 'train', 'ferry', 'tram'])} was late "
         f"{choice(['again', 'today', 'all week', 'lol'])}",
