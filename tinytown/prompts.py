@@ -37,7 +37,7 @@ from tinytown.world import (
 # topic -> its weight among all prompts: of dialogues, and of annotators (§3.2.1)
 TOPICS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 5, "borderline": 10, "talk": 4,
           "unknown": 5}
-ANNOTATORS_TOPICS = {"fact": 15, "sum": 8, "story": 3, "unsafe": 5, "borderline": 4, "talk": 1,
+ANNOTATORS_TOPICS = {"fact": 15, "sum": 8, "story": 3, "unsafe": 7, "borderline": 4, "talk": 1,
                      "unknown": 2}
 CONTRAST_TOPICS = {"fact": 6, "sum": 4, "story": 2, "unsafe": 4, "borderline": 4, "talk": 1,
                    "unknown": 2}
