@@ -82,32 +82,35 @@ table_8() {
 }
 
 # §3.3: Ghost Attention, starting from V3. First V3 learns to follow an instruction in the same
-# message, and to hold long dialogues. Then Ghost Attention teaches it to keep to an instruction in
-# the first message. The best answers of V1 to V3 and texts of §2 are mixed in against forgetting.
+# message, to stop when it is taken back, and to hold long dialogues. Then Ghost Attention teaches it
+# to keep to an instruction of the first message, and dialogues without one to play no role unasked.
+# The best answers of V1 to V3 and texts of §2 are mixed in against forgetting.
 ghost_attention() {
-    ordinary=("$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl")
     run train_sft.py --resume --no-pack --init "$OUT/rlhf/v3" --seq-len 1024 --epochs 1 \
         --batch-size 4 --out "$OUT/instructed" --data "$TOWN/instructed.jsonl" \
-        "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl:0.2" "${ordinary[@]}"
+        "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl:0.2" \
+        "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl"
     run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
         --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
     run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
-        --batch-size 8 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl" \
-        "$TOWN/instructed.jsonl:0.2" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl" \
-        "${ordinary[@]}"
+        --batch-size 3 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl:3" \
+        "$TOWN/instructed.jsonl:0.1" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl" \
+        "$OUT/rlhf/v3/best.jsonl:0.5" "$TOWN/replay.jsonl:0.5"
     examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --max-new-tokens 48 \
         --obedience "$TOWN/obedience.jsonl"
     examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
 }
 
-# Table 8 and Ghost Attention do not need V5 and take about as long, so they run at the same time.
-# Each side gets half of the cores, because a model this small cannot use more than one core well.
-threads=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
-control() {     # V5 by rejection sampling, at equal samples: what does PPO bring?
+# A control for V5: rejection sampling with as many samples as PPO. What does PPO bring?
+control() {
     run train_rlhf.py --resume --init "$OUT/rlhf/v4" --rm "$OUT/rm/v5" \
         --prompts "$TOWN/prompts-v5-rejection.jsonl" --earlier "$OUT"/rlhf/v{1,2,3,4} \
         --out "$OUT/rlhf/v5-rejection"
 }
+
+# Table 8 and Ghost Attention do not need V5 and take about as long, so they run at the same time.
+# Each side gets half of the cores, because a model this small cannot use more than one core well.
+threads=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
 in_background table_8 ghost_attention
 a_round 5
 control

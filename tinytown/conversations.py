@@ -191,9 +191,9 @@ def long_dialogues(residents, count: int, turns: int, seed: int = 1) -> list[dic
     topics = {"fact": 4, "sum": 4, "story": 1, "borderline": 1, "unsafe": 1, "talk": 1}
     prompts, records = prompt_cycle(rng, residents, "dialogues", count, topics), []
     for start in range(count):
-        # Most are short, because long ones cost more to sample and to train on. Some are long,
+        # Half are short, because long ones cost more to sample and to train on. Some are long,
         # because otherwise the model would never have seen a late turn.
-        if rng.random() < 0.65:
+        if rng.random() < 0.5:
             length = 2 + int((half - 2) * rng.random() ** 2)
         else:
             length = rng.randint(half, turns)
