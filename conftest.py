@@ -153,7 +153,10 @@ def inputs(tmp_path_factory, base, rm_folder, town):
         return [prompt for prompt in town[name] if len(str(prompt["prompt"])) < 400]
 
     rng, residents, pairs = random.Random(0), world.town(1), []
-    for prompt in fitting("compare-v1")[:60]:
+    compared = fitting("compare-v1")
+    about_safety = [prompt for prompt in compared if prompt["is_safety"]]
+    others = [prompt for prompt in compared if not prompt["is_safety"]]
+    for prompt in about_safety[:30] + others[:30]:
         good = prompts.good_answer(rng, prompt)
         if prompt["topic"] == "unsafe":
             bad = prompts.help_with_crime(rng, prompt)
