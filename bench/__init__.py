@@ -1,7 +1,7 @@
 """Ablations: the project's own commands in a loop over seeds, and a table of the results.
 
 All results are in out/bench, one folder per seed. Finished runs are not repeated. Most ablations
-need a whole run of paper.sh for each seed, which takes a quarter of an hour on two cores.
+need a whole run of paper.sh for each seed, which takes half an hour on two cores.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def parse_args(description: str, parts=()):
         type=int,
         nargs="+",
         default=[1, 2, 3],
-        help="paper.sh runs for each (about 20 minutes) unless out/bench has it (default: 1 2 3)",
+        help="paper.sh runs for each (about half an hour) unless out/bench has it (default: 1 2 3)",
     )
     args = parser.parse_args()
     return getattr(args, "part", None), args.seeds
