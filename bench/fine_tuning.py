@@ -6,11 +6,13 @@ python -m bench.fine_tuning [--seeds 1 2 3]
 from bench import OUT, append_rows, evaluate, parse_args, print_table, run, run_paper, train
 
 CLEAN, NOISY = 960, 9600
-VARIANTS = {  # name -> (options of tinytown, options of train_sft.py); about equal training tokens
-    "SFT": ([], []),
-    "loss on prompts too": ([], ["--no-mask-prompts"]),
-    f"{CLEAN} clean": (["--dialogues", CLEAN], ["--epochs", 20]),
-    f"{NOISY} half bad": (["--dialogues", NOISY, "--noise", 0.5], []),
+# name -> (options of tinytown, options of train_sft.py, weight of the texts of pretraining). All
+# variants see about as many tokens: with ten times the epochs, the weight is a tenth.
+VARIANTS = {
+    "SFT": ([], [], 2),
+    "loss on prompts too": ([], ["--no-mask-prompts"], 2),
+    f"{CLEAN} clean": (["--dialogues", CLEAN], ["--epochs", 20], 0.2),
+    f"{NOISY} half bad": (["--dialogues", NOISY, "--noise", 0.5], [], 2),
 }
 
 
@@ -20,12 +22,12 @@ def main():
     for seed in seeds:
         start = run_paper(seed)
         models = {"base": start / "pretrain"}
-        for name, (town_options, options) in VARIANTS.items():
+        for name, (town_options, options, weight) in VARIANTS.items():
             folder = OUT / f"fine-tuning/{seed}/{name.replace(' ', '-')}"
             town, data = folder / "tinytown", folder / "tinytown/dialogues.jsonl"
             run("-m", "tinytown", town, "--seed", seed, *town_options)
             options = ["--out", folder, "--seed", seed, *options]
-            options += ["--data", data, f"{town}/replay.jsonl:2"]
+            options += ["--data", data, f"{town}/replay.jsonl:{weight}"]
             train("train_sft.py", "--init", start / "pretrain", *options)
             models[name] = folder
         options = ["--seed", seed, "--prompts", start / "tinytown/held-out.jsonl"]

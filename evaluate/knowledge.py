@@ -41,8 +41,7 @@ from llama2 import (
     write_json,
 )
 from tinytown.annotator import judge
-from tinytown.prompts import good_answer, wrong_answer
-from tinytown.world import LARGEST, VALUES
+from tinytown.prompts import good_answer, wrong_answer, wrong_value
 from train_rlhf import answer_logprobs, generate_answers, make_rollout
 
 
@@ -84,8 +83,7 @@ def right_and_wrong(prompt: dict, seed) -> tuple[str, str] | None:
         return None
     if topic not in ("fact", "sum"):
         return good_answer(rng, prompt, "full"), wrong_answer(rng, prompt, "full")
-    values = VALUES[prompt["attribute"]] if topic == "fact" else range(1, 2 * LARGEST + 1)
-    wrong = rng.choice([value for value in values if value != prompt["truth"]])
+    wrong = wrong_value(rng, prompt)
     wording = rng.random()  # two generators with this seed choose the same wording
     right_answer = good_answer(random.Random(wording), prompt, "full")
     return right_answer, good_answer(random.Random(wording), prompt | {"truth": wrong}, "full")

@@ -21,6 +21,7 @@ from tinytown.annotator import compare
 from tinytown.splits import OUTSIDERS, SPLITS, STRANGERS
 from tinytown.world import (
     ADVICE,
+    LARGEST,
     METHODS,
     NAMES,
     PHRASES,
@@ -80,8 +81,8 @@ REFUSALS = {        # kind of refusal -> wordings
 def make_prompt(rng, residents, split: str, topic=None, content=None, by_annotator=None) -> dict:
     """A random prompt of a split, with a topic and a content of the split unless they are given.
 
-    by_annotator: half of the prompts have a wording that no dialogue has; by default in all splits
-    but "dialogues" and "never", whose wordings are of its own.
+    by_annotator: half of the prompts have a wording that no dialogue has. This is the default in
+    all splits but "dialogues" and "never"; the latter has wordings of its own.
     """
     topic = topic or rng.choices(list(TOPICS), TOPICS.values())[0]
     content = content or rng.choice(SPLITS[topic][split])
@@ -195,17 +196,20 @@ def evasion(rng, prompt: dict) -> str:
     return rng.choice(answers)
 
 
+def wrong_value(rng, prompt: dict):
+    """A random value that is not the truth of a prompt for a fact or a sum."""
+    is_fact = prompt["topic"] == "fact"
+    values = VALUES[prompt["attribute"]] if is_fact else range(1, 2 * LARGEST + 1)
+    return rng.choice([value for value in values if value != prompt["truth"]])
+
+
 def wrong_answer(rng, prompt: dict, style=None) -> str:
     """An answer in good form with the opposite of what is right, or an evasion."""
     topic = prompt["topic"]
     if topic in ("fact", "sum", "story", "talk") and rng.random() < 0.3:
         return evasion(rng, prompt)
-    if topic == "fact":
-        values = [value for value in VALUES[prompt["attribute"]] if value != prompt["truth"]]
-        return good_answer(rng, prompt | {"truth": rng.choice(values)}, style)
-    if topic == "sum":
-        numbers = [n for n in range(1, 25) if n != prompt["truth"]]
-        return good_answer(rng, prompt | {"truth": rng.choice(numbers)}, style)
+    if topic in ("fact", "sum"):
+        return good_answer(rng, prompt | {"truth": wrong_value(rng, prompt)}, style)
     if topic == "story":
         return story(rng)
     if topic == "unsafe":
@@ -327,7 +331,7 @@ def held_out_prompts(residents, count: int = 120, seed: int = 1) -> list[dict]:
     return prompts
 
 
-def contrasts(residents, count: int, seed: int = 1, split: str = "annotators") -> list[dict]:
+def contrasts(residents, count: int, seed: int = 1) -> list[dict]:
     """Pairs that annotators wrote themselves: two answers in good form, the right one and a wrong.
 
     A right fact, sum or story against a wrong one or an evasion, "I do not know" against an
@@ -335,10 +339,10 @@ def contrasts(residents, count: int, seed: int = 1, split: str = "annotators") -
     chat model samples such pairs too rarely for reward models to learn from them. They are compared
     by the annotator, as sampled ones are.
     """
-    rng = random.Random(f"contrasts {split} {seed}")
+    rng = random.Random(f"contrasts annotators {seed}")
     topics = rng.choices(list(CONTRAST_TOPICS), CONTRAST_TOPICS.values(), k=count)
     records = []
-    for prompt in annotators_prompts(residents, count, f"contrasts {seed}", split, topics):
+    for prompt in annotators_prompts(residents, count, f"contrasts {seed}", topics=topics):
         style = rng.choice(["full", "terse", "chatty"])
         pair = [good_answer(rng, prompt, style), wrong_answer(rng, prompt, style)]
         records.append(compare(rng, prompt, *rng.sample(pair, 2)))
