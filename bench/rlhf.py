@@ -88,8 +88,11 @@ def forgetting(seeds):
     print_table(f"right answers by topic, %, seeds {seeds}", columns)
 
 
-def train_version(start, out, seed, first: str, rm, prompts: str, *options):
-    """Train one version from the model in start/first, with the reward models in `rm`."""
+def train_version(out, start, seed, first: str, rm, prompts: str, *options):
+    """Train one version from the model in start/first, with the reward models in `rm`.
+
+    By rejection sampling, unless the options give another method. Returns its folder, `out`.
+    """
     town = start / "tinytown"
     models = ["--init", start / first, "--rm", rm]
     data = ["--prompts", town / f"{prompts}.jsonl", "--val-prompts", town / "prompts-val.jsonl"]
@@ -97,16 +100,16 @@ def train_version(start, out, seed, first: str, rm, prompts: str, *options):
     return out
 
 
-def compare(columns: dict, start, folders, pairs: dict[str, tuple[int, int]]):
-    """Append the wins of the named pairs of folders, in each way of sampling."""
-    for name, (a, b) in pairs.items():
+def compare(columns: dict, start, folders: dict, pairs: list[tuple[str, str]]):
+    """Append the wins of pairs of named folders, in each way of sampling."""
+    for a, b in pairs:
         options = ["--against", folders[b], "--rm", start / "rm/v5"]
         options += ["--prompts", start / "tinytown/held-out.jsonl"]
         direct = evaluate("evaluate.scoreboard", folders[a], *options)["direct"]
         row = {
             mode: next(iter(comparisons.values()))["wins"] for mode, comparisons in direct.items()
         }
-        append_rows(columns, {name: row})
+        append_rows(columns, {f"{a} - {b}": row})
 
 
 def control(seeds):
@@ -114,24 +117,26 @@ def control(seeds):
     columns = {}
     for seed in seeds:
         start, out = run_paper(seed), OUT / f"control/{seed}"
-        few = ["--method", "rejection-sampling"]  # 960 prompts, 8 answers each: as many as PPO
-        folders = [start / "sft", start / "rlhf/v4", start / "rlhf/v5", start / "rlhf/v5-rejection"]
-        few_prompts, v1 = "prompts-v5-rejection", start / "rm/v1"
-        best = train_version(start, out / "best", seed, "sft", v1, few_prompts, *few)
-        chance = train_version(
-            start, out / "random", seed, "sft", v1, few_prompts, *few, "--samples", 1
-        )
-        ppo = train_version(start, out / "ppo", seed, "sft", v1, "prompts-v5", "--method", "ppo")
-        folders += [best, chance, ppo]
-        pairs = {
-            "from V4: PPO - V4": (2, 1),
-            "from V4: rejection sampling - V4": (3, 1),
-            "from V4: PPO - rejection sampling": (2, 3),
-            "from SFT: PPO - SFT": (6, 0),
-            "from SFT: rejection sampling - SFT": (4, 0),
-            "from SFT: random answers - SFT": (5, 0),
-            "from SFT: PPO - rejection sampling": (6, 4),
+        few = "prompts-v5-rejection"  # 960 prompts, 8 answers each: as many as PPO samples
+        shared = start, seed, "sft", start / "rm/v1"
+        folders = {
+            "SFT": start / "sft",
+            "V4": start / "rlhf/v4",
+            "PPO from V4": start / "rlhf/v5",
+            "rejection sampling from V4": start / "rlhf/v5-rejection",
+            "PPO": train_version(out / "ppo", *shared, "prompts-v5", "--method", "ppo"),
+            "rejection sampling": train_version(out / "best", *shared, few),
+            "random answers": train_version(out / "random", *shared, few, "--samples", 1),
         }
+        pairs = [
+            ("PPO from V4", "V4"),
+            ("rejection sampling from V4", "V4"),
+            ("PPO from V4", "rejection sampling from V4"),
+            ("PPO", "SFT"),
+            ("rejection sampling", "SFT"),
+            ("random answers", "SFT"),
+            ("PPO", "rejection sampling"),
+        ]
         compare(columns, start, folders, pairs)
     print_table(f"wins, ties half, %, seeds {seeds}", columns)
 
@@ -148,8 +153,8 @@ def contrasts(seeds):
                 options = ["--init", start / "sft", "--seed", seed, "--out", out / name / "rm"]
                 train("train_rm.py", "--kind", kind, *data, *options)
             rm, ppo = out / name / "rm", ["--method", "ppo"]
-            version = train_version(start, out / name / "ppo", seed, "sft", rm, "prompts-v5", *ppo)
-            folders[name] = version
+            version = out / name / "ppo"
+            folders[name] = train_version(version, start, seed, "sft", rm, "prompts-v5", *ppo)
         options = ["--against", start / "sft", "--rm", start / "rm/v5"]
         options += ["--prompts", start / "tinytown/held-out.jsonl"]
         results = evaluate("evaluate.scoreboard", *folders.values(), *options)["chat"]
@@ -167,13 +172,12 @@ def starts(seeds):
         start, out = run_paper(seed), OUT / f"starts/{seed}"
         firsts = ["sft", "rlhf/v1", "rlhf/v2", "rlhf/v3", "rlhf/v4"]
         for version, first in enumerate(firsts, 1):
+            rm, after = start / f"rm/v{version}", f"PPO from {first}"
             folder = out / f"after-{first.replace('/', '-')}"
             options = ["--method", "ppo"]
-            train_version(
-                start, folder, seed, first, start / f"rm/v{version}", "prompts-v5", *options
-            )
-            folders = [folder, start / first, start / "sft"]
-            pairs = {f"{first}: PPO - start": (0, 1), f"{first}: PPO - SFT": (0, 2)}
+            train_version(folder, start, seed, first, rm, "prompts-v5", *options)
+            folders = {after: folder, first: start / first, "sft": start / "sft"}
+            pairs = [(after, other) for other in dict.fromkeys([first, "sft"])]
             compare(columns, start, folders, pairs)
     print_table(f"wins, ties half, %, seeds {seeds}", columns)
 
