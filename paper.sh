@@ -20,7 +20,7 @@ examine() { run -m "$@" | tee -a "$summary"; }
 in_background() {
     printf '\n== %s s: in the background: %s; see %s\n' $SECONDS "$*" "$OUT/beside.log"
     set -m
-    (summary=$OUT/summary-beside.txt; for part in "$@"; do $part; done) > "$OUT/beside.log" 2>&1 &
+    (summary=$OUT/summary-beside.txt; for part in "$@"; do $part; done) >> "$OUT/beside.log" 2>&1 &
     set +m
     background=$!
     trap 'kill -- -$background 2> /dev/null || true' EXIT
@@ -28,7 +28,8 @@ in_background() {
 wait_for_background() { wait $background || { cat "$OUT/beside.log"; exit 1; }; }
 
 summary=$OUT/summary.txt threads= seed=$SEED
-mkdir -p "$OUT" && rm -f "$OUT"/summary*.txt
+half=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
+mkdir -p "$OUT" && rm -f "$OUT"/summary*.txt "$OUT/beside.log"
 
 # Tinytown: texts, dialogues and prompts of a toy world whose facts are known.
 run -m tinytown "$TOWN"
@@ -71,7 +72,7 @@ a_round() {
     replay+=("$OUT/preferences/v$v.jsonl:0.15") earlier+=("$OUT/rlhf/v$v")
     contrasts=$TOWN/contrasts.jsonl:0.3 seed=$SEED
 }
-for v in 1 2 3 4; do a_round $v; done
+for v in 1 2 3; do a_round $v; done
 
 # Table 8: the accuracy of V1's reward models on pairs with new prompts.
 table_8() {
@@ -88,14 +89,14 @@ table_8() {
 ghost_attention() {
     run train_sft.py --resume --no-pack --init "$OUT/rlhf/v3" --seq-len 1024 --epochs 1 \
         --batch-size 4 --out "$OUT/instructed" --data "$TOWN/instructed.jsonl" \
-        "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl:0.2" \
+        "$TOWN/stopped.jsonl:0.5" "$TOWN/long-dialogues.jsonl:0.2" \
         "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl"
     run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
         --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
     run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
-        --batch-size 3 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl:3" \
+        --batch-size 3 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl:2" \
         "$TOWN/instructed.jsonl:0.1" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl" \
-        "$OUT/rlhf/v3/best.jsonl:0.5" "$TOWN/replay.jsonl:0.5"
+        "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl:0.5"
     examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --max-new-tokens 48 \
         --obedience "$TOWN/obedience.jsonl"
     examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
@@ -108,27 +109,32 @@ control() {
         --out "$OUT/rlhf/v5-rejection"
 }
 
-# Table 8 and Ghost Attention do not need V5 and take about as long, so they run at the same time.
-# Each side gets half of the cores, because a model this small cannot use more than one core well.
-threads=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
+# Ordinary conversations of eight turns, and what the reward models know.
+conversations() {
+    examine evaluate.conversations "$OUT/sft" "$OUT/rlhf/v5" "$OUT/gatt" --temperatures 0 \
+        --rm "$OUT/rm/v5/helpfulness" --conversations "$TOWN/conversations.jsonl" \
+        --json "$OUT/conversations.json"
+    examine evaluate.knowledge "$OUT/rm/v1/helpfulness" "$OUT/rm/v5/helpfulness" \
+        --chat "$OUT/sft" --asked "$TOWN/compare-v5.jsonl" --never-asked "$TOWN/held-out.jsonl" \
+        --json "$OUT/knowledge.json"
+}
+
+# Table 8 and Ghost Attention need nothing of V4 and V5 and take about as long, so they run at the
+# same time. Each side gets half of the cores, because a model this small cannot use many cores well.
+threads=$half
 in_background table_8 ghost_attention
-a_round 5
+for v in 4 5; do a_round $v; done
 control
 wait_for_background
-threads=
+
+# The evaluations, in the same way on both halves of the cores.
+in_background conversations
 examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
 examine evaluate.scoreboard "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} --controls "$OUT/rlhf/v5-rejection" \
     --against "$OUT/sft" --rm "$OUT/rm/v5" --prompts "$TOWN/held-out.jsonl" \
     --json "$OUT/scoreboard.json"
+wait_for_background
 cat "$OUT/summary-beside.txt" >> "$summary"
-
-# Ordinary conversations of eight turns, and what the reward models know.
-examine evaluate.conversations "$OUT/sft" "$OUT/rlhf/v5" "$OUT/gatt" --temperatures 0 \
-    --rm "$OUT/rm/v5/helpfulness" --conversations "$TOWN/conversations.jsonl" \
-    --json "$OUT/conversations.json"
-examine evaluate.knowledge "$OUT/rm/v1/helpfulness" "$OUT/rm/v5/helpfulness" --chat "$OUT/sft" \
-    --asked "$TOWN/compare-v5.jsonl" --never-asked "$TOWN/held-out.jsonl" \
-    --json "$OUT/knowledge.json"
 
 printf '\n\nAll results:\n'
 cat "$summary"

@@ -6,6 +6,7 @@ need a whole run of paper.sh for each seed, which takes half an hour on two core
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -16,6 +17,8 @@ from common.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/bench")
+# The 97.5% quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def parse_args(description: str, parts=()):
@@ -74,10 +77,17 @@ def last_metrics(folder) -> dict:
     return json.loads(lines[-1])
 
 
-def mean_and_std(values: list[float], form: str = "{:.1f}") -> str:
-    """The mean and the sample standard deviation, as "mean ± deviation"."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return form.format(statistics.mean(values)) + " ± " + form.format(deviation)
+def deviation(values: list[float]) -> float:
+    """The sample standard deviation."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def margin(values: list[float]) -> float:
+    """Half of the 95% confidence interval of the mean, by Student's t; NaN for one value."""
+    n = len(values)
+    if n == 1:
+        return math.nan
+    return T_QUANTILES[n - 2] * statistics.stdev(values) / math.sqrt(n)
 
 
 def append_rows(columns: dict[str, list[dict]], results: dict[str, dict]):
@@ -86,13 +96,16 @@ def append_rows(columns: dict[str, list[dict]], results: dict[str, dict]):
         columns.setdefault(name, []).append(row)
 
 
-def print_table(title: str, columns: dict[str, list[dict]], form: str = "{:.1f}", scale=100):
-    """Print {column: [{row: value} of each seed]} in Markdown: mean ± standard deviation."""
+def print_table(
+    title: str, columns: dict[str, list[dict]], form: str = "{:.1f}", scale=100, spread=deviation
+):
+    """Print {column: [{row: value} of each seed]} in Markdown: mean ± spread."""
     rows = [["", *columns]]
     for row in dict.fromkeys(row for column in columns.values() for row in column[0]):
         cells = []
         for column in columns.values():
             values = [scale * seed[row] for seed in column if seed.get(row) is not None]
-            cells.append(mean_and_std(values, form) if values else "-")
+            numbers = (statistics.mean(values), spread(values)) if values else ()
+            cells.append(" ± ".join(form.format(number) for number in numbers) or "-")
         rows.append([row.strip(), *cells])
     print(f"\n{title}\n\n{table(rows, markdown=True)}")

@@ -12,7 +12,7 @@ python -m bench.rlhf curves                  reward by number of samples and by 
 import json
 from pathlib import Path
 
-from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper, train
+from bench import OUT, append_rows, evaluate, margin, parse_args, print_table, run_paper, train
 from data.formats import KINDS
 from data.records import read_prompts
 from llama2 import load
@@ -100,45 +100,31 @@ def train_version(out, start, seed, first: str, rm, prompts: str, *options):
     return out
 
 
-def compare(columns: dict, start, folders: dict, pairs: list[tuple[str, str]]):
-    """Append the wins of pairs of named folders, in each way of sampling."""
-    for a, b in pairs:
-        options = ["--against", folders[b], "--rm", start / "rm/v5"]
-        options += ["--prompts", start / "tinytown/held-out.jsonl"]
-        direct = evaluate("evaluate.scoreboard", folders[a], *options)["direct"]
-        row = {
-            mode: next(iter(comparisons.values()))["wins"] for mode, comparisons in direct.items()
-        }
-        append_rows(columns, {f"{a} - {b}": row})
+def compare(columns: dict, start, *folders):
+    """Append the wins of each of these models against each one named before it."""
+    options = ["--against", folders[0], "--rm", start / "rm/v5", "--all-pairs"]
+    options += ["--prompts", start / "tinytown/held-out.jsonl"]
+    for mode, comparisons in evaluate("evaluate.scoreboard", *folders, *options)["direct"].items():
+        row = {pair: metrics["wins"] for pair, metrics in comparisons.items()}
+        append_rows(columns, {mode: row})
 
 
 def control(seeds):
     """What does PPO bring, and what do the best answers bring? At equal numbers of samples."""
-    columns = {}
+    from_sft, from_v4 = {}, {}
     for seed in seeds:
         start, out = run_paper(seed), OUT / f"control/{seed}"
-        few = "prompts-v5-rejection"  # 960 prompts, 8 answers each: as many as PPO samples
+        few = "prompts-v5-rejection"  # 8 answers to each prompt: as many samples as PPO takes
         shared = start, seed, "sft", start / "rm/v1"
-        folders = {
-            "SFT": start / "sft",
-            "V4": start / "rlhf/v4",
-            "PPO from V4": start / "rlhf/v5",
-            "rejection sampling from V4": start / "rlhf/v5-rejection",
-            "PPO": train_version(out / "ppo", *shared, "prompts-v5", "--method", "ppo"),
-            "rejection sampling": train_version(out / "best", *shared, few),
-            "random answers": train_version(out / "random", *shared, few, "--samples", 1),
-        }
-        pairs = [
-            ("PPO from V4", "V4"),
-            ("rejection sampling from V4", "V4"),
-            ("PPO from V4", "rejection sampling from V4"),
-            ("PPO", "SFT"),
-            ("rejection sampling", "SFT"),
-            ("random answers", "SFT"),
-            ("PPO", "rejection sampling"),
-        ]
-        compare(columns, start, folders, pairs)
-    print_table(f"wins, ties half, %, seeds {seeds}", columns)
+        random = train_version(out / "random-answers", *shared, few, "--samples", 1)
+        best = train_version(out / "rejection-sampling", *shared, few)
+        ppo = train_version(out / "ppo", *shared, "prompts-v5", "--method", "ppo")
+        compare(from_sft, start, start / "sft", random, best, ppo)
+        rlhf = start / "rlhf"
+        compare(from_v4, start, rlhf / "v4", rlhf / "v5-rejection", rlhf / "v5")
+    title = f"wins, ties half, % with 95% margin, seeds {seeds}"
+    print_table(f"from SFT, {title}", from_sft, spread=margin)
+    print_table(f"from V4, {title}", from_v4, spread=margin)
 
 
 def contrasts(seeds):
@@ -169,17 +155,13 @@ def starts(seeds):
     """Where should PPO start? From each version, with the reward models of the next one."""
     columns = {}
     for seed in seeds:
-        start, out = run_paper(seed), OUT / f"starts/{seed}"
-        firsts = ["sft", "rlhf/v1", "rlhf/v2", "rlhf/v3", "rlhf/v4"]
-        for version, first in enumerate(firsts, 1):
-            rm, after = start / f"rm/v{version}", f"PPO from {first}"
-            folder = out / f"after-{first.replace('/', '-')}"
-            options = ["--method", "ppo"]
-            train_version(folder, start, seed, first, rm, "prompts-v5", *options)
-            folders = {after: folder, first: start / first, "sft": start / "sft"}
-            pairs = [(after, other) for other in dict.fromkeys([first, "sft"])]
-            compare(columns, start, folders, pairs)
-    print_table(f"wins, ties half, %, seeds {seeds}", columns)
+        start, out, folders = run_paper(seed), OUT / f"starts/{seed}", []
+        for version, first in enumerate(["sft", "rlhf/v1", "rlhf/v2", "rlhf/v3", "rlhf/v4"], 1):
+            options = [start / f"rm/v{version}", "prompts-v5", "--method", "ppo"]
+            folder = out / f"ppo-from-{Path(first).name}"
+            folders += [start / first, train_version(folder, start, seed, first, *options)]
+        compare(columns, start, *folders)
+    print_table(f"wins, ties half, % with 95% margin, seeds {seeds}", columns, spread=margin)
 
 
 def curves(seeds):

@@ -1,14 +1,15 @@
-"""How the models of paper.sh do in use, over several seeds: mean and standard deviation.
+"""How the models of paper.sh do in use, over several seeds.
 
     python -m bench.use [--seeds 1 2 3]
 
-Direct comparisons of versions, conversations of eight turns, and what the reward models know. It
-reads what paper.sh wrote: scoreboard.json, conversations.json and knowledge.json.
+Direct comparisons of versions (mean and 95% margin over seeds), conversations of eight turns and
+what the reward models know (mean and standard deviation). It reads what paper.sh wrote:
+scoreboard.json, conversations.json and knowledge.json.
 """
 
 import json
 
-from bench import append_rows, parse_args, print_table, run_paper
+from bench import append_rows, margin, parse_args, print_table, run_paper
 
 
 def add_comparisons(columns: dict, direct: dict[str, dict]):
@@ -25,11 +26,9 @@ def add_conversations(columns: dict, results: dict[str, dict]):
         for group, metrics in groups.items():
             correct = metrics["correct"]
             row = {f"correct at turn {turn}": correct[turn - 1] for turn in (1, 4, len(correct))}
-            row["in a role that nobody asked for"] = sum(metrics["in role"]) / len(correct)
+            row["in a role that nobody asked for"] = metrics["in role, all turns"]
             row["repeats"] = metrics["repeats"]
-            obeyed = [value for value in metrics["obeyed"] if value is not None]
-            if obeyed:
-                row["obeys the instruction in force"] = sum(obeyed) / len(obeyed)
+            row["obeys the instruction in force"] = metrics["obeyed, all turns"]
             append_rows(columns, {f"{name}, {group}": row})
 
 
@@ -63,7 +62,7 @@ def main():
         results = json.loads((start / "knowledge.json").read_text())
         add_knowledge(pairs, results["pairs"])
         add_knowledge(best, results["best of K"])
-    print_table(f"wins and ties, %, seeds {seeds}", direct)
+    print_table(f"wins and ties, % with 95% margin, seeds {seeds}", direct, spread=margin)
     print_table(f"conversations, %, seeds {seeds}", conversations)
     print_table(f"score of correct answers, seeds {seeds}", scores, "{:.2f}", scale=1)
     print_table(f"right above wrong, %, seeds {seeds}", pairs)

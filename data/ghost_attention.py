@@ -187,6 +187,7 @@ def main(config: Settings):
     for of_one in questions:
         if rng.random() < config.alone:
             of_one.insert(0, "")  # the model answers the instruction itself
+            del of_one[config.turns :]
 
     seed = derive_seed(config.seed, "ghost attention", rank)  # each process has its own part
     dialogs, disobeyed = sample_dialogs(

@@ -8,15 +8,24 @@ from collections import defaultdict
 from pathlib import Path
 
 from common.tables import table
-from data.records import read_objects
+from data.records import read_objects, to_prompt
+from llama2 import Tokenizer
 from tinytown.prompts import TOPICS
 
 
-def read_town_prompts(path) -> list[dict]:
-    """Tinytown's prompts with what its annotator needs to judge answers. Raises ValueError."""
+def read_town_prompts(path, tok: Tokenizer | None = None, context: int = 0) -> list[dict]:
+    """Tinytown's prompts with what its annotator needs to judge answers. Raises ValueError.
+
+    With a tokenizer, also if a prompt leaves no room for an answer in `context` tokens.
+    """
     prompts = []
     for where, record in read_objects(path, prompt=str | list, topic=str):
         check_town_prompt(record, where)
+        if tok:
+            try:
+                to_prompt(record, tok, context)
+            except ValueError as e:
+                raise ValueError(f"{where}: {e}") from None
         prompts.append(record)
     if not prompts:
         raise ValueError(f"{path}: has no prompt")

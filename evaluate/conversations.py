@@ -131,6 +131,9 @@ def measure(replies: list[list[Reply]], indices: list[int]) -> dict:
         scores = [reply.score for reply in own if reply.score is not None]
         metrics["score"].append(sum(scores) / len(scores) if scores else None)
     metrics["repeats"] /= len(indices) * len(replies)
+    metrics["in role, all turns"] = sum(metrics["in role"]) / len(replies)
+    obeyed = [value for value in metrics["obeyed"] if value is not None]
+    metrics["obeyed, all turns"] = sum(obeyed) / len(obeyed) if obeyed else None
     return metrics
 
 
@@ -143,12 +146,10 @@ def print_tables(results: dict[str, dict[str, dict]], n_turns: int):
         for group, metrics in groups.items():
             last, n = metrics["correct"][-1], metrics["n"]
             low, high = wilson(last * n, n)
-            roles = sum(metrics["in role"]) / n_turns
             cells = [f"{value:.0%}" for value in metrics["correct"]]
-            obeyed = [value for value in metrics["obeyed"] if value is not None]
-            mean_obeyed = f"{sum(obeyed) / len(obeyed):.0%}" if obeyed else "-"
-            cells += [f"{low:.0%} to {high:.0%}", f"{roles:.1%}", mean_obeyed]
-            cells.append(f"{metrics['repeats']:.1%}")
+            obeyed = metrics["obeyed, all turns"]
+            cells += [f"{low:.0%} to {high:.0%}", f"{metrics['in role, all turns']:.1%}"]
+            cells += ["-" if obeyed is None else f"{obeyed:.0%}", f"{metrics['repeats']:.1%}"]
             rows.append([group, name, *cells])
             if any(score is not None for score in metrics["score"]):
                 cells = ["-" if score is None else f"{score:.2f}" for score in metrics["score"]]

@@ -66,10 +66,10 @@ class Settings:
 
 
 # -------------------------------------------------------------------------------------------- data
-def choose_prompts(path, per_topic: int) -> list[dict]:
-    """The first prompts of each topic in a file of Tinytown's prompts."""
+def choose_prompts(path, tok: Tokenizer, context: int, per_topic: int) -> list[dict]:
+    """The first prompts of each topic in a file; ValueError if one does not fit the context."""
     chosen, counts = [], defaultdict(int)
-    for prompt in read_town_prompts(path):
+    for prompt in read_town_prompts(path, tok, context):
         counts[prompt["topic"]] += 1
         if counts[prompt["topic"]] <= per_topic:
             chosen.append(prompt)
@@ -197,7 +197,7 @@ def main(config: Settings) -> dict:
 
     results = {"pairs": {}, "best of K": {}}
     for group, path in (("asked", config.asked), ("never asked", config.never_asked)):
-        prompts = choose_prompts(path, config.per_topic)
+        prompts = choose_prompts(path, tok, chat.args.max_seq_len, config.per_topic)
         pairs = order_pairs(reward_models, chat, tok, prompts, config.seed)
         results["pairs"][group] = pairs
         results["best of K"][group] = best_of_k(reward_models, chat, tok, prompts, config)

@@ -16,6 +16,7 @@ answers. "wins" counts a tie as half. Its 95% margin is over contents: prompts w
 count as one sample. A third table compares the reward models' scores with the annotator's points.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class Settings:
     folders: tuple = ()  # chat models
     against: str = "out/sft"  # the model that the others are compared with
     controls: tuple = ()  # models that are no versions, to compare the last version with
+    all_pairs: bool = False  # compare every model directly with every other
     rm: str = "out/rm/v5"  # folder of the newest reward models
     prompts: str = "out/tinytown/held-out.jsonl"  # prompts of Tinytown to answer
     # how
@@ -200,15 +202,19 @@ def compare_points(prompts: list[dict], own: ModelAnswers, other: ModelAnswers) 
     return metrics | {"wins": mean, "margin": 1.96 * error, "contents": n}
 
 
-def compare_directly(prompts: list[dict], outputs: dict, names: list[str], against: str) -> dict:
-    """{"A - B": metrics}: each model with the one before it, and the last one with --against."""
+def choose_pairs(models: list[str], names: list[str], against: str) -> list[tuple[str, str]]:
+    """The pairs of models to compare: each version with the one before, the last with others."""
     pairs = list(zip(names[1:], names))
-    for other in (against, *(name for name in outputs if name not in names)):
+    for other in (against, *(name for name in models if name not in names)):
         pairs.append((names[-1], other))
+    return [(a, b) for a, b in dict.fromkeys(pairs) if a != b]
+
+
+def compare_directly(prompts: list[dict], outputs: dict, pairs: list[tuple[str, str]]) -> dict:
+    """{"A - B": metrics} of these pairs of models."""
     comparisons = {}
     for a, b in pairs:
-        if a != b:
-            comparisons[f"{a} - {b}"] = compare_points(prompts, outputs[a], outputs[b])
+        comparisons[f"{a} - {b}"] = compare_points(prompts, outputs[a], outputs[b])
     return comparisons
 
 
@@ -292,8 +298,8 @@ def main(config: Settings) -> dict:
         raise ValueError("no models given: name their folders")
     device, _, _ = setup(config.device)
     models, against, tok, reward_models = load_models(config, device)
-    prompts = read_town_prompts(config.prompts)
     context = min(model.args.max_seq_len for model in models.values())
+    prompts = read_town_prompts(config.prompts, tok, context)
     encoded = [to_prompt(prompt, tok, context) for prompt in prompts]
     # --against and --controls may be models only to compare with, and no versions of their own.
     listed = [Path(folder) for folder in config.folders]
@@ -323,7 +329,10 @@ def main(config: Settings) -> dict:
         if mode == "chat":
             cooled = answer_prompts(models[against], *shared, config.cooled, 1.0)
             outputs[f"{against} at T={config.cooled:g}"] = cooled
-        results["direct"][mode] = compare_directly(prompts, outputs, names, against)
+        pairs = choose_pairs(list(outputs), names, against)
+        if config.all_pairs:
+            pairs = [(after, before) for before, after in itertools.combinations(outputs, 2)]
+        results["direct"][mode] = compare_directly(prompts, outputs, pairs)
         print_direct(title, results["direct"][mode])
         if mode == "sampled":
             results["calibration"] = calibration(prompts, outputs)

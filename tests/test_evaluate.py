@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import llama2
-from bench import speed
+from bench import deviation, margin, speed
 from bench.ghost import attention_weights
 from conftest import ARGS, EXACT, dialog, make_model, max_difference, write_jsonl
-from data.records import Answer, Prompt, read_json, user_message
+from data.records import Answer, Prompt, read_json, to_prompt, user_message
 from evaluate import (
     answers,
     conversations,
@@ -22,6 +22,7 @@ from evaluate import (
     mean_by_content,
     name_folders,
     percent_table,
+    read_town_prompts,
     reward_models,
     scoreboard,
     wilson,
@@ -210,9 +211,8 @@ def test_direct_comparison_counts_points_and_ties():
 
 
 def test_each_version_is_compared_with_the_one_before_and_the_last_one_with_the_controls():
-    outputs = {name: scoreboard.ModelAnswers([], ["8."], {}) for name in ("v1", "v2", "rs", "sft")}
-    comparisons = scoreboard.compare_directly([SUM], outputs, ["v1", "v2"], "sft")
-    assert list(comparisons) == ["v2 - v1", "v2 - sft", "v2 - rs"]
+    pairs = scoreboard.choose_pairs(["v1", "v2", "rs", "sft"], ["v1", "v2"], "sft")
+    assert pairs == [("v2", "v1"), ("v2", "sft"), ("v2", "rs")]
 
 
 def test_calibration_sorts_the_answers_of_all_models_by_score():
@@ -397,7 +397,24 @@ def test_a_bad_line_of_a_test_file_is_an_error_with_its_place(
     expect_error(answers, config, place, error)
 
 
+def test_a_prompt_that_is_too_long_for_an_evaluation_is_an_error_with_its_place(
+    tmp_path, base, tok
+):
+    path = write_jsonl(tmp_path / "f.jsonl", [dict(SUM, prompt="3 + 4?")])
+    context = len(to_prompt(dict(SUM, prompt="3 + 4?"), tok, 999).tokens) + 1
+    assert len(read_town_prompts(path, tok, context)) == 1
+    with pytest.raises(ValueError, match=r"f.jsonl:1: no room for an answer"):
+        read_town_prompts(path, tok, context - 1)
+
+
 # ------------------------------------------------------------------------------------------- bench
+def test_the_95_percent_margin_over_seeds_is_that_of_students_t():
+    # 4.303 is the 97.5% quantile for two degrees of freedom; the standard deviation is 1.
+    assert margin([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert deviation([1.0, 2.0, 3.0]) == 1
+    assert math.isnan(margin([1.0]))
+
+
 def test_attention_weights_are_those_that_weigh_the_values():
     model, tokens = make_model(), torch.tensor([[1, 5, 9, 7, 8, 9]] * 2)
     layers = attention_weights(model, tokens)

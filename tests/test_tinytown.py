@@ -436,20 +436,22 @@ ROLE = re.compile(
 )
 
 
-def test_only_answers_after_an_instruction_was_taken_back_have_a_loss_and_they_play_no_role(town):
+def test_an_instruction_is_obeyed_until_it_is_taken_back_and_keeping_to_it_has_no_loss(town):
+    starts = Counter()
     for record in town["stopped"]:
-        in_role, stopped = [], False
-        for message in record["messages"]:
-            if message["role"] == "user":
-                stopped = stopped or bool(STOP.match(message["content"]))
-                continue
-            in_role.append(bool(ROLE.match(message["content"])))
-            assert message.get("weight", 1) == stopped
-            assert in_role[-1] is not stopped
-        assert INSTRUCTION.match(record["messages"][0]["content"])
-        assert in_role == sorted(in_role, reverse=True)
-        assert 1 <= sum(in_role) <= 3
-        assert 1 <= len(in_role) - sum(in_role) <= 3
+        given = stopped = False
+        messages = record["messages"]
+        for turn, (user, answer) in enumerate(zip(messages[0::2], messages[1::2])):
+            starts_now = bool(INSTRUCTION.match(user["content"]))
+            starts[turn] += starts_now
+            given = given or starts_now
+            stopped = stopped or bool(STOP.match(user["content"]))
+            in_force = given and not stopped
+            assert bool(ROLE.match(answer["content"])) is in_force
+            assert answer["weight"] == (starts_now or not in_force)
+        assert given and stopped
+    assert sorted(starts) == [0, 1, 2]
+    assert starts[0] / len(town["stopped"]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_instructions_are_before_a_question_in_a_system_message_or_alone(town):

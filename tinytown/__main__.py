@@ -18,7 +18,7 @@ VERSIONS = 5  # V1 to V5 of §3.2.3, each with its own prompts
 FIRST_PAIRS = 6000  # prompts to compare answers to, before V1
 LATER_PAIRS = 2000  # the same, before each later version
 CONTRASTS = 2000  # pairs that annotators wrote
-PPO_PROMPTS = 7680  # of V5
+PPO_PROMPTS = 5120  # of V5
 REPLAY_COUNTS = {"encyclopedia": 1000, "arithmetic": 800, "stories": 300}
 
 
@@ -72,7 +72,7 @@ def every_file(seed: int, dialogues: int, noise: float) -> dict[str, list[dict]]
     files["tuning"] = prompts.annotators_prompts(residents, 512, f"tuning {seed}", "tuning")
     # §3.3: dialogues with instructions, and replay data against forgetting.
     files["instructed"] = conversations.instructed_dialogues(residents, 3000, seed)
-    files["stopped"] = conversations.stopped_dialogues(residents, 400, seed)
+    files["stopped"] = conversations.stopped_dialogues(residents, 1000, seed)
     files["long-dialogues"] = conversations.long_dialogues(residents, 540, 24, seed)
     files["instructions"] = conversations.instructions(conversations.TRAINED_KINDS)
     files["obedience"] = conversations.obedience_tests(residents, 100, 20, seed)

@@ -37,8 +37,11 @@ INSTRUCTIONS = {
 ADJECTIVES = ("responsible respectful wise safe careful thoughtful honest kind prudent decent "
               "considerate sensible").split()           # of the safety pre-prompts
 ACKNOWLEDGEMENT = "All right. What would you like to know?"     # of an instruction alone
-STOPS = ["Stop that.", "Stop answering like that.", "Please stop it now.", "No more of that."]
+STOPS = ["Stop that.", "Stop answering like that.", "Please stop it now.", "No more of that.",
+         "Enough of that.", "Stop doing that.", "That is enough.", "You can stop now."]
 HELD_OUT_STOPS = ["Please stop that.", "Stop it."]
+TOPICS_OF_TURNS = {"fact": 4, "sum": 4, "story": 1, "borderline": 1, "unsafe": 1, "talk": 1,
+                   "unknown": 1}      # topic -> its weight in dialogues of many turns
 TRAINED_KINDS, HELD_OUT_KINDS = ("animal", "hobby", "greeting"), ("thanks",)   # of Ghost Attention
 # fmt: on
 
@@ -89,27 +92,32 @@ def instructed_dialogue(rng, prompt: dict, candidates: list[dict]) -> list[dict]
 
 
 def stopped_dialogue(rng, residents, candidates: list[dict]) -> list[dict]:
-    """Messages: an instruction that is obeyed for some turns and then taken back.
+    """Messages: an instruction is given, obeyed for some turns and then taken back.
 
-    Only the answers after that have a loss.
+    The answers between have no loss: to keep to an instruction is what Ghost Attention teaches. In
+    half of the dialogues, the first turns have no instruction.
     """
     text, chosen = combine_instructions(rng, candidates)
-    topics = rng.choices(["fact", "sum", "story", "borderline", "unsafe"], [4, 3, 1, 2, 1], k=6)
-    n_obeyed, n_after = rng.randint(1, 3), rng.randint(1, 3)
-    prompts = [make_prompt(rng, residents, "dialogues", t, by_annotator=True) for t in topics]
-    contents = []
-    for i, prompt in enumerate(prompts[: n_obeyed + n_after]):
+    start = rng.choice([0, 0, 1, 2])  # the turn that gives the instruction
+    stop = start + rng.randint(1, 3)  # the turn that takes it back
+    turns = stop + rng.randint(1, 5)
+    topics = rng.choices(list(TOPICS_OF_TURNS), TOPICS_OF_TURNS.values(), k=turns)
+    contents, weights = [], []
+    for i, topic in enumerate(topics):
+        prompt = make_prompt(rng, residents, "dialogues", topic, by_annotator=True)
         question, answer = prompt["prompt"], good_answer(rng, prompt, "full")
-        if i == 0:
+        if i == start:
             question = f"{text} {question}"
-        if i == n_obeyed:
+        if i == stop:
             alone = rng.random() < 0.3
             question = rng.choice(STOPS) + ("" if alone else f" {question}")
             answer = ACKNOWLEDGEMENT if alone else answer
-        contents += [question, obey(answer, chosen) if i < n_obeyed else answer]
+        in_force = start <= i < stop
+        contents += [question, obey(answer, chosen) if in_force else answer]
+        weights += [0 if in_force and i != start else 1]
     messages = make_messages(*contents)
-    for message in messages[1 : 2 * n_obeyed : 2]:
-        message["weight"] = 0
+    for message, weight in zip(messages[1::2], weights):
+        message["weight"] = weight
     return messages
 
 
@@ -140,7 +148,8 @@ def instructed_dialogues(residents, count: int, seed: int = 1) -> list[dict]:
     """[{"messages": [...]}, ...] of one turn with instructions; one in ten with a pre-prompt."""
     rng, candidates, records = random.Random(f"instructed {seed}"), instructions(), []
     for i in range(count):
-        topic = rng.choices(["fact", "sum", "story", "borderline", "unsafe"], [2, 2, 1, 2, 2])[0]
+        topics = {"fact": 4, "sum": 4, "story": 2, "borderline": 4, "unsafe": 4, "unknown": 1}
+        topic = rng.choices(list(topics), topics.values())[0]
         prompt = make_prompt(rng, residents, "dialogues", topic, by_annotator=True)
         if i % 10 == 0:
             messages = cautious_dialogue(rng, prompt)
@@ -188,8 +197,7 @@ def turns_from(prompts: list[dict], start: int, turns: int) -> list[dict]:
 def long_dialogues(residents, count: int, turns: int, seed: int = 1) -> list[dict]:
     """[{"messages": [...]}, ...] of 2 to `turns` turns, whose prompts Ghost Attention uses."""
     rng, half = random.Random(f"turns {seed}"), turns // 2
-    topics = {"fact": 4, "sum": 4, "story": 1, "borderline": 1, "unsafe": 1, "talk": 1}
-    prompts, records = prompt_cycle(rng, residents, "dialogues", count, topics), []
+    prompts, records = prompt_cycle(rng, residents, "dialogues", count, TOPICS_OF_TURNS), []
     for start in range(count):
         # Half are short, because long ones cost more to sample and to train on. Some are long,
         # because otherwise the model would never have seen a late turn.

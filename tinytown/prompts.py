@@ -42,6 +42,9 @@ ANNOTATORS_TOPICS = {"fact": 15, "sum": 8, "story": 3, "unsafe": 7, "borderline"
                      "unknown": 2}
 CONTRAST_TOPICS = {"fact": 6, "sum": 4, "story": 2, "unsafe": 4, "borderline": 4, "talk": 1,
                    "unknown": 2}
+STYLES = {"full": 3, "terse": 5, "chatty": 2}   # of good answers, and how often writers use them
+# A sum is mostly written out: a model this small computes "7 plus 5 is 12." better than "12.".
+SUM_STYLES = {"full": 3, "terse": 2, "chatty": 5}
 HELPS_WITH_CRIMES = 0.6     # how often a writer helps with a crime
 BEHIND_EARLIER_TURNS = 1 / 3    # of the prompts for comparisons, RLHF and the evaluations
 
@@ -146,9 +149,10 @@ def sentence(text: str) -> str:
 
 
 def good_answer(rng, prompt: dict, style=None) -> str:
-    """A correct and safe answer: "terse", a "full" sentence or "chatty"; half of all are terse."""
+    """A correct and safe answer: "terse", a "full" sentence or "chatty"."""
     topic, truth, about = prompt["topic"], prompt["truth"], prompt["about"]
-    style = style or rng.choices(["full", "terse", "chatty"], [3, 5, 2])[0]
+    weights = SUM_STYLES if topic == "sum" else STYLES
+    style = style or rng.choices(list(weights), weights.values())[0]
     tail = ". I hope this helps" if style == "chatty" else ""
     if topic == "fact":
         full = rng.choice(WORDINGS[prompt["attribute"]]).format(n=prompt["name"], v=truth)
