@@ -443,7 +443,7 @@ def test_an_instruction_is_obeyed_until_it_is_taken_back_and_keeping_to_it_has_n
         messages = record["messages"]
         for turn, (user, answer) in enumerate(zip(messages[0::2], messages[1::2])):
             starts_now = bool(INSTRUCTION.match(user["content"]))
-            starts[turn] += starts_now
+            starts.update([turn] * starts_now)
             given = given or starts_now
             stopped = stopped or bool(STOP.match(user["content"]))
             in_force = given and not stopped
