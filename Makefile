@@ -5,6 +5,9 @@ BIN = .venv/bin
 all: .venv/ready
 	PYTHON=$(BIN)/python bash paper.sh
 
+quick: .venv/ready
+	QUICK=1 PYTHON=$(BIN)/python bash paper.sh
+
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -21,4 +24,4 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-tested.txt
 	touch $@
 
-.PHONY: all check test clean
+.PHONY: all quick check test clean

@@ -2,15 +2,20 @@
 # The whole paper at laptop size, in the order of Figure 4.
 #
 #     make                                    the same, in a virtual environment
+#     make quick, or QUICK=1 bash paper.sh    in five minutes, to out/quick: fewer texts and steps, V1 by
+#                                             rejection sampling, V2 by PPO, no Ghost Attention
 #     OUT=out/seed2 SEED=2 bash paper.sh      another town, other initial weights, other samples
 #
 # You can run it again at any time: it skips finished runs and resumes interrupted ones.
 set -eo pipefail
-OUT=${OUT:-out} SEED=${SEED:-1} TOWN=${OUT:-out}/tinytown
+OUT=${OUT:-out${QUICK:+/quick}} SEED=${SEED:-1}
+TOWN=$OUT/tinytown
 
 # say: print a command and run it. run: the same with the seed. examine: an evaluation, whose table
-# also goes to the summary. $threads is empty (all cores) or OMP_NUM_THREADS=...
+# also goes to the summary. few: options of a quick run. $threads is empty (all cores) or
+# OMP_NUM_THREADS=...
 say() { printf '\n== %s s: %s\n' $SECONDS "$*"; env $threads ${PYTHON:-python3} "$@"; }
+few() { [ -z "$QUICK" ] || echo "$@"; }
 run() { say "$@" --seed "$seed"; }
 examine() { run -m "$@" | tee -a "$summary"; }
 
@@ -37,12 +42,13 @@ run -m tinytown "$TOWN"
 # §2: tokenize the texts and pretrain a base model. The encyclopedia, the source of facts, is seen
 # eight times as often as its size.
 say -m data.corpus --out "$OUT/pretrain/tokens" --data "$TOWN/encyclopedia.jsonl:8" \
-    "$TOWN/stories.jsonl" "$TOWN/web.jsonl" "$TOWN/arithmetic.jsonl"
-run train_pretrain.py --resume --data "$OUT/pretrain/tokens" --out "$OUT/pretrain"
+    "$TOWN/stories.jsonl${QUICK:+:0.3}" "$TOWN/web.jsonl${QUICK:+:0.3}" "$TOWN/arithmetic.jsonl"
+run train_pretrain.py --resume $(few --max-steps 450) --data "$OUT/pretrain/tokens" \
+    --out "$OUT/pretrain"
 examine evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
 
 # §3.1: supervised fine-tuning on dialogues makes it a chat model.
-run train_sft.py --resume --init "$OUT/pretrain" --out "$OUT/sft" \
+run train_sft.py --resume $(few --epochs 1) --init "$OUT/pretrain" --out "$OUT/sft" \
     --data "$TOWN/dialogues.jsonl" "$TOWN/replay.jsonl:2"
 examine evaluate.answers "$OUT/pretrain" "$OUT/sft" --prompts "$TOWN/held-out.jsonl" --show 1
 
@@ -52,19 +58,21 @@ examine evaluate.answers "$OUT/pretrain" "$OUT/sft" --prompts "$TOWN/held-out.js
 chat=$OUT/sft other=$OUT/pretrain
 blend=0.7       # before V1: the other model's weights are 70% of the way from --other to --chat
 helpfulness=$OUT/sft safety=$OUT/sft rm_lr=5e-4
-contrasts=$TOWN/contrasts.jsonl     # pairs that annotators wrote; later rounds see a third of them
-replay=() earlier=()
+contrasts=$TOWN/contrasts.jsonl${QUICK:+:0.5}   # pairs that annotators wrote; later rounds see a third of them
+replay=() earlier=() last=${QUICK:+2}
+last=${last:-5}
 a_round() {
     v=$1 seed=$((100 * SEED + $1))      # each round has random numbers of its own
     run -m data.preferences --chat "$chat" --other "$other" --blend $blend \
-        --prompts "$TOWN/compare-v$v.jsonl" --out "$OUT/preferences/v$v.jsonl"
+        --prompts "$TOWN/compare-v$v.jsonl${QUICK:+:0.25}" --out "$OUT/preferences/v$v.jsonl"
     for kind in helpfulness safety; do
         run train_rm.py --resume --kind $kind --init "${!kind}" --lr $rm_lr --out "$OUT/rm/v$v" \
             --data "$OUT/preferences/v$v.jsonl" "$contrasts" "${replay[@]}"
     done
     method=rejection-sampling
-    if [ $v = 5 ]; then method=ppo; fi          # V5 continues from the result of rejection sampling
-    run train_rlhf.py --resume --method $method --init "$chat" --rm "$OUT/rm/v$v" \
+    if [ $v = $last ]; then method=ppo; fi      # it continues from rejection sampling's result
+    run train_rlhf.py --resume $(few --iterations 10 --eval-every 5) --method $method \
+        --init "$chat" --rm "$OUT/rm/v$v" \
         --prompts "$TOWN/prompts-v$v.jsonl" --val-prompts "$TOWN/prompts-val.jsonl" \
         --earlier "${earlier[@]}" --out "$OUT/rlhf/v$v"
     other=$chat chat=$OUT/rlhf/v$v blend=0
@@ -72,6 +80,12 @@ a_round() {
     replay+=("$OUT/preferences/v$v.jsonl:0.15") earlier+=("$OUT/rlhf/v$v")
     contrasts=$TOWN/contrasts.jsonl:0.3 seed=$SEED
 }
+if [ "$QUICK" ]; then
+    for v in 1 2; do a_round $v; done
+    examine evaluate.answers "$OUT/sft" "$OUT"/rlhf/v{1,2} --prompts "$TOWN/held-out.jsonl"
+    echo "Now talk to it: python llama2.py chat $OUT/rlhf/v2"
+    exit
+fi
 for v in 1 2 3; do a_round $v; done
 
 # Table 8: the accuracy of V1's reward models on pairs with new prompts.
