@@ -13,6 +13,12 @@ check: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -q
 
+# Figures of the run in out/ and drawings, as SVG files.
+figures: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-figures.txt
+	$(BIN)/python -m evaluate.figures out --out docs/figures
+	$(BIN)/python -m evaluate.drawings out --out docs/figures
+
 clean:
 	rm -rf out
 
@@ -21,4 +27,4 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-tested.txt
 	touch $@
 
-.PHONY: all check test clean
+.PHONY: all check test figures clean
