@@ -53,7 +53,7 @@ def pipeline(runs):
         "Grey: files that you can open. White: models and their folders. V1 to V4 come from "
         "rejection sampling, V5 from PPO. Ghost Attention starts from V3.",
     )
-    ax.set(xlim=(0, 11), ylim=(-0.7, 13.8))
+    ax.set(xlim=(-0.05, 11.05), ylim=(-0.7, 13.8))
     ax.axis("off")
 
     def arrow(*points):
@@ -145,7 +145,7 @@ def ppo_tokens(runs):
     columns = {"log p": ("logprobs", 5.3), "KL": ("kl", 6.7), "value": ("values", 8.2)}
     columns["reward"] = ("rewards", 10.2)
     bold = dict(size=10, weight="bold", va="center")
-    ax.text(0.1, -1.1, "position, token", **bold)
+    ax.text(0.1, -1.1, "token", **bold)
     ax.text(12.1, -1.1, "advantage", ha="center", **bold)
     for name, (_, x) in columns.items():
         ax.text(x, -1.1, name, ha="right", **bold)

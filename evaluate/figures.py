@@ -193,8 +193,9 @@ def ppo(runs):
         if name.startswith("beta 0"):
             looks[name] = of_seeds
     note = f"{n} held-out prompts at each iteration that is drawn. Beta: weight of the KL penalty."
-    if len(looks) > 1:
-        note += f" Beta 0: {len(looks['beta 0'])} seeds, from the lowest to the highest."
+    if any(len(of_seeds) > 1 for of_seeds in looks.values()):
+        counts = ", ".join(f"{name}: {len(of_seeds)}" for name, of_seeds in looks.items())
+        note += f" Bars: from the lowest to the highest seed ({counts})."
     figure, axes = new_figure("PPO: reward, truth and distance", (1.6, 1.5, 1.9), note)
     panels = (
         ("reward", "reward: what the reward models say", "logit(Rc)"),
@@ -326,7 +327,7 @@ def calibration(runs):
         (2.6,),
         "All sampled answers, by the score of V5's reward model of their kind, in groups of equal "
         "size. A well calibrated model would rise from left to right. "
-        + (f"Thin lines: {len(runs)} seeds." if len(runs) > 1 else ""),
+        + (f"A line for each of {len(runs)} seeds." if len(runs) > 1 else ""),
     )
     for (colour, dash, marker), kind in zip(STYLES, KINDS):
         for i, board in enumerate(boards):
