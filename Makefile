@@ -16,6 +16,12 @@ check: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -q
 
+# Figures of the run in out/ and drawings, as SVG files.
+figures: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-figures.txt
+	$(BIN)/python -m evaluate.figures out --out docs/figures
+	$(BIN)/python -m evaluate.drawings out --out docs/figures
+
 clean:
 	rm -rf out
 
@@ -24,4 +30,4 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-tested.txt
 	touch $@
 
-.PHONY: all quick check test clean
+.PHONY: all quick check test figures clean
