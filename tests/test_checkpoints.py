@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -10,6 +10,9 @@ import torch
 import llama2
 from conftest import ARGS, make_model
 from llama2 import load, save
+
+WEIGHTS, PARAMS, LFS = "consolidated.00.pth", "params.json", b"version https://git-lfs.github.com/"
+NO_WEIGHTS = "these are not weights"
 
 
 @pytest.fixture
@@ -58,6 +61,75 @@ def test_loaded_checkpoint_equals_the_saved_model(saved, tok, monkeypatch):
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
     assert list(model.state_dict())[:2] == ["tok_embeddings.weight", "layers.0.attention.wq.weight"]
+
+
+@dataclass
+class MetaArgs:
+    """ModelArgs of Meta's released code, llama/model.py."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+
+@pytest.mark.parametrize("multiplier", [None, 1.3])
+def test_metas_code_reads_our_params_and_the_context_survives(tmp_path, tok, multiplier):
+    """Meta's code gives max_seq_len itself; transformers' converter fails at a null."""
+    shape = dict(n_kv_heads=1, ffn_dim_multiplier=multiplier, norm_eps=1e-6)
+    model = make_model(vocab_size=tok.vocab_size, max_seq_len=99, rope_theta=5e5, **shape)
+    save(tmp_path, model, tok)
+    params = json.loads((tmp_path / PARAMS).read_text())
+    assert None not in params.values()
+    theirs = MetaArgs(max_seq_len=128, max_batch_size=4, **params)
+    for field in fields(MetaArgs)[:-2]:
+        assert getattr(theirs, field.name) == getattr(model.args, field.name)
+    assert load(tmp_path)[0].args == model.args
+
+
+def test_a_checkpoint_with_the_context_in_its_params_loads(saved, tok):
+    (saved / "context.json").unlink()
+    path = saved / PARAMS
+    of_context = dict(max_seq_len=99, rope_theta=5e5, ffn_dim_multiplier=None)
+    path.write_text(json.dumps(json.loads(path.read_text()) | of_context))
+    assert load(saved)[0].args == replace(ARGS, vocab_size=tok.vocab_size, **of_context)
+
+
+@pytest.mark.parametrize("above", ["target", "link"])
+def test_the_tokenizer_may_be_one_folder_above_a_model_or_above_a_link_to_it(
+    saved, tmp_path, monkeypatch, above
+):
+    link = tmp_path / "links/m"
+    link.parent.mkdir()
+    link.symlink_to(saved)
+    (saved / "tokenizer.model").rename(
+        (saved if above == "target" else link).parent / "tokenizer.model"
+    )
+    load(link)
+    monkeypatch.chdir(link.parent)
+    load("m")
+    if above == "target":
+        monkeypatch.chdir(saved)
+        load(".")
+
+
+def test_a_folder_that_is_no_checkpoint_names_those_below_it(saved, tmp_path):
+    (tmp_path / "rlhf").mkdir()
+    saved.rename(tmp_path / "rlhf/v1")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/consolidated.00.pth").touch()
+    (tmp_path / "tokenizer.model").touch()
+    names = f"{tmp_path}/rlhf/v1, {tmp_path}/sft"
+    with pytest.raises(
+        ValueError, match=f"no checkpoint here: name one of those below it: {names}$"
+    ):
+        load(tmp_path)
 
 
 def test_shards_and_params_of_the_released_models_load(tmp_path, tok):
@@ -132,10 +204,6 @@ def without_norm(state):
     return {name: weight for name, weight in state.items() if name != "norm.weight"}
 
 
-WEIGHTS, PARAMS, LFS = "consolidated.00.pth", "params.json", b"version https://git-lfs.github.com/"
-NO_WEIGHTS = "these are not weights"
-
-
 @pytest.mark.parametrize(
     "file, change, error",
     [
@@ -155,7 +223,11 @@ NO_WEIGHTS = "these are not weights"
         (PARAMS, {"use_scaled_rope": True}, "use_scaled_rope"),
         (PARAMS, {"dim": 64}, "size mismatch"),
         ("tokenizer.model", "half", "not a SentencePiece model"),
-        ("tokenizer.model", None, "no checkpoint here.*tokenizer.model$"),
+        ("tokenizer.model", None, "no checkpoint here: no tokenizer.model$"),
+        (PARAMS, None, "no checkpoint here: no params.json$"),
+        (WEIGHTS, None, r"no checkpoint here: no consolidated.\*.pth$"),
+        ("context.json", b"{", "context.json: broken JSON"),
+        ("pytorch_model.bin", b"", "Hugging Face's format is not supported yet"),
         ("model.safetensors", b"", "Hugging Face's format is not supported yet"),
     ],
 )
@@ -164,7 +236,7 @@ def test_a_broken_checkpoint_is_one_line_and_runs_no_code(
 ):
     monkeypatch.chdir(saved)
     path = saved / file
-    if file == "model.safetensors":
+    if file in ("model.safetensors", "pytorch_model.bin"):
         (saved / WEIGHTS).unlink()
     if change is None:
         path.unlink()

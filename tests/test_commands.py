@@ -1,4 +1,4 @@
-"""Command lines: settings, a user's mistakes, the chat, and the README's path for own data."""
+"""Command lines: settings, a user's mistakes, and the README's path for own data."""
 
 import gzip
 import io
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ from conftest import (
 )
 from data import corpus, distillation, preferences
 from evaluate import answers, reward_models, scoreboard
-from llama2 import encode_dialog, save
+from llama2 import save
 
 
 # --------------------------------------------------------------------------------------- settings
@@ -290,6 +289,10 @@ def test_a_closed_pipe_ends_a_run_without_a_traceback(tmp_path, inputs):
     [
         (["chat", "BASE", "--device", "foo"], "foo"),
         (["complete", "BASE"], 'expected: complete FOLDER "text"'),
+        (["chat", "BASE", "Hello!"], 'chat FOLDER -p "text"'),
+        (["chat", "BASE", "-p", "[INST] a"], "your message contains [INST]"),
+        (["chat", "BASE", "-p", "word " * 300], "with the answer the context of 256 has room for"),
+        (["chat", "BASE", "--top-p", "2"], "top_p=2"),
         (["complete", "BASE", "caf\udce9"], "surrogates not allowed"),
         (["complete", "BASE", "a", "--temperature", "nan"], "temperature=nan"),
         (["complete", "BASE", "word " * 300], "the context only 256"),
@@ -306,52 +309,6 @@ def test_a_mistake_at_the_command_line_of_llama2_is_one_line(
     error = capsys.readouterr().err
     assert (e.value.code, error.count("\n")) == (2, 1)
     assert words in error
-
-
-# -------------------------------------------------------------------------------------------- chat
-def test_a_chat_sends_all_earlier_turns(tok, monkeypatch, capsys):
-    model, prompts = make_model(vocab_size=tok.vocab_size), []
-
-    def fake_stream(model, tok, prompt, *_):
-        prompts.append(prompt)
-        yield from (" so", "-so [INST]")
-
-    monkeypatch.setattr(llama2, "stream", fake_stream)
-    args = SimpleNamespace(max_new_tokens=200, temperature=0.8, top_p=0.95)
-    turns = llama2.answer(model, tok, [], dialog("a"), args, 0)
-    assert turns == dialog("a", "so-so")
-    args.max_new_tokens = 1
-    system = dialog(system="s")
-    llama2.answer(model, tok, system, turns + dialog("b"), args, 0)
-    assert prompts[1] == encode_dialog(tok, dialog("a", "so-so", "b", system="s"))[0]
-    assert capsys.readouterr().out.startswith("so-so")
-
-
-def test_ctrl_c_ends_an_answer_and_not_the_chat(capsys):
-    def texts():
-        yield "half"
-        raise KeyboardInterrupt
-
-    assert llama2.print_stream(texts()) == "half"
-
-
-def test_a_chat_through_a_pipe_continues_after_bad_input(base, rm_folder, monkeypatch, capsys):
-    lines = b"Hello.\n/system Be kind.\nWho are you?\ncaf\xe9\n[INST] me\n/what\n/reset\n"
-    lines += b"Hi.\n" * 25 + b"/quit\nnever\n"
-    stdin = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape")
-    monkeypatch.setattr(sys, "stdin", stdin)
-    sampling = ("--max-new-tokens", "8", "--temperature", "0")
-    llama2.main(["chat", str(base), *sampling, "--reward", str(rm_folder / "safety")])
-    output = capsys.readouterr().out
-    assert "a new dialogue, system message: Be kind." in output
-    assert "contains [INST]" in output
-    assert "surrogates not allowed" in output  # bytes that are not UTF-8
-    assert output.count("/quit ends") == 2
-    assert "the context of 256 tokens is full: the oldest" in output
-    assert output.count("(reward ") == 27
-    with pytest.raises(SystemExit):
-        llama2.main(["--help"])
-    assert "usage" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------- README: own data
@@ -432,5 +389,5 @@ def test_the_readmes_commands_for_own_data_run_as_written(tmp_path, monkeypatch,
         assert expected.get(name, "") in output, command
         if "ultrafeedback" in command:
             assert re.match(r"4\d pairs", output)  # 40 public pairs and the person's labels
-    assert len(output.splitlines()) >= 2  # the chat has answered
+    assert len(output.splitlines()) >= 3  # two lines of help, and an answer
     assert {"v1", "v2", "gatt"} <= {path.name for path in (tmp_path / "out/mine").iterdir()}

@@ -11,7 +11,7 @@ import train_rm
 import train_sft
 from common.settings import describe_settings
 from conftest import ROOT
-from data import corpus, distillation, ghost_attention, preferences
+from data import answer, corpus, distillation, ghost_attention, preferences
 from evaluate import answers, conversations, knowledge, reward_models, scoreboard
 
 SETTINGS = {  # command -> the module whose Settings are its options
@@ -19,6 +19,7 @@ SETTINGS = {  # command -> the module whose Settings are its options
     "train_sft.py": train_sft,
     "train_rm.py": train_rm,
     "train_rlhf.py": train_rlhf,
+    "data.answer": answer,
     "data.corpus": corpus,
     "data.preferences": preferences,
     "data.distillation": distillation,

@@ -16,7 +16,7 @@ from conftest import dialog
 from data import ghost_attention, records
 from data.formats import combine_instructions
 from tinytown import annotator, conversations, prompts, world
-from tinytown.__main__ import main as write_town
+from tinytown.__main__ import greeting, main as write_town
 from tinytown.splits import OUTSIDERS, SHARES, SPLITS, STRANGERS, every_content
 
 
@@ -60,6 +60,19 @@ def test_files_of_another_town_are_replaced_only_with_overwrite(tmp_path, monkey
     assert json.loads(path.read_text()) == {"seed": 1}
     write("--seed", "2", "--overwrite")
     assert json.loads(path.read_text()) == {"seed": 2}
+    assert (tmp_path / "greeting.txt").read_text() == greeting()
+
+
+def test_the_greeting_names_residents_and_contents_of_the_town():
+    text = greeting()
+    named = [name for name in world.NAMES if re.search(rf"\b{name}\b", text)]
+    assert len(named) == 10
+    assert {name in world.SHE for name in named} == {True, False}
+    assert not set(named) & set(STRANGERS)
+    asked = {content for line in text.splitlines() for content in contents_of(line, named[0])}
+    assert {topic for topic, _ in asked} == {"fact", "sum", "story"}
+    assert asked <= {(topic, content) for topic in EVERY for content in EVERY[topic]}
+    assert f"up to {world.LARGEST}," in text
 
 
 # --------------------------------------------------------------------------------- texts and probes

@@ -240,7 +240,7 @@ def test_overwrite_deletes_the_files_of_another_kind_of_run(tmp_path, inputs, wh
     script, config = stage("ppo", inputs, tmp_path / "out", overwrite=True)
     script.main(config)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    checkpoint = {"params.json", "consolidated.00.pth", "tokenizer.model"}
+    checkpoint = {"params.json", "context.json", "consolidated.00.pth", "tokenizer.model"}
     assert names == {"config.json", "metrics.jsonl", "samples.jsonl", ".lock"} | checkpoint
 
 

@@ -2,8 +2,8 @@
 
     python -m tinytown [FOLDER] [--seed N]
 
-The same seed gives the same bytes on every machine. All files are JSON lines, easy to read: look at
-the input of a stage before you read its script.
+The same seed gives the same bytes on every machine. The files are JSON lines, easy to read: look at
+the input of a stage before you read its script. greeting.txt says what one can ask the models.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 
 from tinytown import conversations, prompts, world
+from tinytown.splits import STRANGERS
 
 VERSIONS = 5  # V1 to V5 of §3.2.3, each with its own prompts
 FIRST_PAIRS = 6000  # prompts to compare answers to, before V1
@@ -85,6 +86,28 @@ def every_file(seed: int, dialogues: int, noise: float) -> dict[str, list[dict]]
     return files
 
 
+def greeting() -> str:
+    """What one can ask a model of Tinytown. `llama2.py chat` prints it."""
+    # Ten of the residents whom training asks about. No question of training names a stranger.
+    names = [name for name in world.NAMES if name not in STRANGERS][::9]
+    largest = world.LARGEST
+    return f"""It is a small model that knows only a toy world. You can ask it for
+
+  facts of the {len(world.NAMES)} residents of Tinytown, such as {", ".join(names[:5])},
+  {", ".join(names[5:])}: their pet, favourite colour, job, home and
+  favourite food. You can go on asking about the same resident.
+      What is {names[0]}'s job?
+      And her pet?
+  sums of two numbers up to {largest}, and their differences
+      What is 7 + 5?
+      What is {largest} minus 5?
+  stories of two animals, such as {", ".join(world.ANIMALS[:10])}
+      Tell me a story of a {world.ANIMALS[0]} and a {world.ANIMALS[1]}.
+
+It should refuse to help with crimes, and say so if it cannot know the answer.
+"""
+
+
 def replay(texts: dict[str, list[dict]], seed: int) -> list[dict]:
     """A sample of the pretraining texts. Mixed into later stages, it reduces forgetting."""
     rng = random.Random(seed)
@@ -116,6 +139,7 @@ def main():
         path = folder / f"{name}.jsonl"
         contents[path] = to_jsonl(records)
         print(f"{path}  {len(records):,} records, {len(contents[path]):,} bytes")
+    contents[folder / "greeting.txt"] = greeting().encode()
     try:
         write_files(folder, contents, args.overwrite)
     except (ValueError, OSError) as e:
