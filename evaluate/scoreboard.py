@@ -129,7 +129,7 @@ def truth_metrics(prompts: list[dict], own: ModelAnswers) -> dict:
 
 
 def mean_scores(own: ModelAnswers) -> dict[str, float]:
-    """Fig. 20: the mean score of each reward model; also the length in tokens and distinct texts."""
+    """Fig. 20: the mean score of each reward model; also length in tokens and distinct texts."""
     means = {f"mean {kind}": sum(scores) / len(scores) for kind, scores in own.scores.items()}
     means["length"] = sum(len(answer.tokens) for answer in own.answers) / len(own.texts)
     means["distinct"] = len(set(own.texts)) / len(own.texts)
