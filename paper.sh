@@ -11,13 +11,13 @@ set -eo pipefail
 OUT=${OUT:-out${QUICK:+/quick}} SEED=${SEED:-1}
 TOWN=$OUT/tinytown
 
-# say: print a command and run it. run: the same with the seed. examine: an evaluation, whose table
-# also goes to the summary. few: options of a quick run. $threads is empty (all cores) or
-# OMP_NUM_THREADS=...
+# say: print a command and run it. run: the same with the seed. examine NAME: an evaluation, whose
+# table also goes to the summary and whose numbers go to results/NAME.json. few: options of a quick
+# run. $threads is empty (all cores) or OMP_NUM_THREADS=...
 say() { printf '\n== %s s: %s\n' $SECONDS "$*"; env $threads ${PYTHON:-python3} "$@"; }
 few() { [ -z "$QUICK" ] || echo "$@"; }
 run() { say "$@" --seed "$seed"; }
-examine() { run -m "$@" | tee -a "$summary"; }
+examine() { run -m "${@:2}" --json "$OUT/results/$1.json" | tee -a "$summary"; }
 
 # Run functions one after another in the background, with their own log and summary. `set -m` gives
 # them a process group of their own. The trap ends that group when this script exits for any reason,
@@ -34,7 +34,7 @@ wait_for_background() { wait $background || { cat "$OUT/beside.log"; exit 1; }; 
 
 summary=$OUT/summary.txt threads= seed=$SEED
 half=OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))}
-mkdir -p "$OUT" && rm -f "$OUT"/summary*.txt "$OUT/beside.log"
+mkdir -p "$OUT/results" && rm -f "$OUT"/summary*.txt "$OUT/beside.log"
 
 # Tinytown: texts, dialogues and prompts of a toy world whose facts are known.
 run -m tinytown "$TOWN"
@@ -45,12 +45,13 @@ say -m data.corpus --out "$OUT/pretrain/tokens" --data "$TOWN/encyclopedia.jsonl
     "$TOWN/stories.jsonl${QUICK:+:0.3}" "$TOWN/web.jsonl${QUICK:+:0.3}" "$TOWN/arithmetic.jsonl"
 run train_pretrain.py --resume $(few --max-steps 450) --data "$OUT/pretrain/tokens" \
     --out "$OUT/pretrain"
-examine evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
+examine recall evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
 
 # §3.1: supervised fine-tuning on dialogues makes it a chat model.
 run train_sft.py --resume $(few --epochs 1) --init "$OUT/pretrain" --out "$OUT/sft" \
     --data "$TOWN/dialogues.jsonl" "$TOWN/replay.jsonl:2"
-examine evaluate.answers "$OUT/pretrain" "$OUT/sft" --prompts "$TOWN/held-out.jsonl" --show 1
+examine sft evaluate.answers "$OUT/pretrain" "$OUT/sft" --show 1 \
+    --prompts "$TOWN/held-out.jsonl"
 
 # §3.2: five rounds of RLHF, V1 to V5. In each, the two newest models answer and the annotator
 # compares their answers. Both reward models continue training on these pairs and on some of the
@@ -82,7 +83,7 @@ a_round() {
 }
 if [ "$QUICK" ]; then
     for v in 1 2; do a_round $v; done
-    examine evaluate.answers "$OUT/sft" "$OUT"/rlhf/v{1,2} --prompts "$TOWN/held-out.jsonl"
+    examine quick evaluate.answers "$OUT/sft" "$OUT"/rlhf/v{1,2} --prompts "$TOWN/held-out.jsonl"
     echo "Now talk to it: python llama2.py chat $OUT/rlhf/v2"
     exit
 fi
@@ -92,7 +93,7 @@ for v in 1 2 3; do a_round $v; done
 table_8() {
     run -m data.preferences --chat "$OUT/sft" --other "$OUT/pretrain" --blend 0.7 \
         --prompts "$TOWN/compare-test.jsonl" --out "$OUT/preferences/test.jsonl"
-    examine evaluate.reward_models "$OUT/rm/v1/helpfulness" "$OUT/rm/v1/safety" \
+    examine reward-models evaluate.reward_models "$OUT/rm/v1/helpfulness" "$OUT/rm/v1/safety" \
         --data "$OUT/preferences/test.jsonl" --truths "$TOWN/compare-test.jsonl"
 }
 
@@ -111,9 +112,9 @@ ghost_attention() {
         --batch-size 3 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl:2" \
         "$TOWN/instructed.jsonl:0.1" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl" \
         "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl:0.5"
-    examine evaluate.answers "$OUT/instructed" "$OUT/gatt" --max-new-tokens 48 \
-        --obedience "$TOWN/obedience.jsonl"
-    examine evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
+    examine obedience evaluate.answers "$OUT/instructed" "$OUT/gatt" --count 40 \
+        --max-new-tokens 48 --obedience "$TOWN/obedience.jsonl"
+    examine gatt evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"
 }
 
 # A control for V5: rejection sampling with as many samples as PPO. What does PPO bring?
@@ -125,12 +126,11 @@ control() {
 
 # Ordinary conversations of eight turns, and what the reward models know.
 conversations() {
-    examine evaluate.conversations "$OUT/sft" "$OUT/rlhf/v5" "$OUT/gatt" --temperatures 0 \
-        --rm "$OUT/rm/v5/helpfulness" --conversations "$TOWN/conversations.jsonl" \
-        --json "$OUT/conversations.json"
-    examine evaluate.knowledge "$OUT/rm/v1/helpfulness" "$OUT/rm/v5/helpfulness" \
-        --chat "$OUT/sft" --asked "$TOWN/compare-v5.jsonl" --never-asked "$TOWN/held-out.jsonl" \
-        --json "$OUT/knowledge.json"
+    examine conversations evaluate.conversations "$OUT/sft" "$OUT/rlhf/v5" "$OUT/gatt" \
+        --temperatures 0 --rm "$OUT/rm/v5/helpfulness" \
+        --conversations "$TOWN/conversations.jsonl"
+    examine knowledge evaluate.knowledge "$OUT/rm/v1/helpfulness" "$OUT/rm/v5/helpfulness" \
+        --chat "$OUT/sft" --asked "$TOWN/compare-v5.jsonl" --never-asked "$TOWN/held-out.jsonl"
 }
 
 # Table 8 and Ghost Attention need nothing of V4 and V5 and take about as long, so they run at the
@@ -143,12 +143,14 @@ wait_for_background
 
 # The evaluations, in the same way on both halves of the cores.
 in_background conversations
-examine evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" --prompts "$TOWN/prompts-val.jsonl"
-examine evaluate.scoreboard "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} --controls "$OUT/rlhf/v5-rejection" \
-    --against "$OUT/sft" --rm "$OUT/rm/v5" --prompts "$TOWN/held-out.jsonl" \
-    --json "$OUT/scoreboard.json"
+examine ppo evaluate.answers --samples "$OUT/rlhf/v5/samples.jsonl" \
+    --prompts "$TOWN/prompts-val.jsonl"
+examine scoreboard evaluate.scoreboard "$OUT/sft" "$OUT"/rlhf/v{1,2,3,4,5} \
+    --controls "$OUT/rlhf/v5-rejection" --against "$OUT/sft" --rm "$OUT/rm/v5" \
+    --prompts "$TOWN/held-out.jsonl"
 wait_for_background
 cat "$OUT/summary-beside.txt" >> "$summary"
 
 printf '\n\nAll results:\n'
 cat "$summary"
+say -m evaluate.summary "$OUT"

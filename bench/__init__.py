@@ -63,6 +63,11 @@ def run_paper(seed: int) -> Path:
     return folder
 
 
+def read_results(seed: int, name: str) -> dict:
+    """What the examination `name` of paper.sh found, such as "scoreboard"."""
+    return json.loads((run_paper(seed) / f"results/{name}.json").read_text())
+
+
 def evaluate(command: str, *argv) -> dict:
     """Run a command of evaluate/; returns what it writes with --json."""
     path = OUT / "figures.json"

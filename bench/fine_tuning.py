@@ -32,6 +32,7 @@ def main():
             models[name] = folder
         options = ["--seed", seed, "--prompts", start / "tinytown/held-out.jsonl"]
         results = evaluate("evaluate.answers", *models.values(), *options)
+        results.pop("n")
         # The results have two columns per model, greedy and sampled, named after its folder.
         rows = list(results.values())
         append_rows(columns["greedy"], dict(zip(models, rows[::2])))

@@ -1,18 +1,20 @@
 """Ghost Attention (§3.3): Table 30 over several seeds, and Fig. 9.
 
-python -m bench.ghost seeds [--seeds 1 2 3]      obedience by turn, 40 conversations per group
+python -m bench.ghost seeds [--seeds 1 2 3]      obedience by turn, 100 conversations per group
 python -m bench.ghost attention --seeds 1        attention from each answer to the instruction
+
+`attention` also writes out/bench/attention.json.
 """
 
 import math
 
 import torch
 
-from bench import append_rows, evaluate, parse_args, print_table, run_paper
+from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper
 from data.ghost_attention import instruct_first_message
 from data.records import read_json
 from evaluate.answers import TURNS, Settings, hold_conversations
-from llama2 import apply_rotary_emb, encode_dialog, load
+from llama2 import apply_rotary_emb, encode_dialog, load, write_json
 
 
 def obedience(seeds):
@@ -20,13 +22,13 @@ def obedience(seeds):
     columns = {}
     for seed in seeds:
         start = run_paper(seed)
-        options = ["--count", 40, "--max-new-tokens", 48]
+        options = ["--count", 100, "--max-new-tokens", 48]
         options += ["--obedience", start / "tinytown/obedience.jsonl"]
         results = evaluate("evaluate.answers", start / "instructed", start / "gatt", *options)
         for when, groups in zip(("before", "after"), results.values()):
             for group, measures in groups.items():
-                for measure, fractions in measures.items():
-                    row = {f"turn {turn}": value for turn, value in zip(TURNS, fractions)}
+                for measure in ("obey", "right"):
+                    row = {f"turn {turn}": x for turn, x in zip(TURNS, measures[measure])}
                     append_rows(columns, {f"{measure}, {group}, {when}": row})
     print_table(f"fraction of conversations, %, seeds {seeds}", columns)
 
@@ -78,8 +80,11 @@ def attention_to_instruction(model, tok, instruction: str, turns) -> list[float]
 
 
 def attention(seeds):
-    """Fig. 9: attention to the instruction by turn, with and without Ghost Attention."""
-    columns = {}
+    """Fig. 9: attention to the instruction by turn, with and without Ghost Attention.
+
+    Writes {column: [[weight at each turn] of each conversation, of all seeds]}.
+    """
+    columns, weights = {}, {}
     for seed in seeds:
         start = run_paper(seed)
         records = [record for _, record in read_json(start / "tinytown/obedience.jsonl")][:40]
@@ -98,7 +103,9 @@ def attention(seeds):
             means = torch.tensor(by_turn).mean(0).tolist()
             row = {f"turn {turn}": means[turn - 1] for turn in TURNS}
             append_rows(columns, {f"{name} Ghost Attention": row})
+            weights.setdefault(f"{name} Ghost Attention", []).extend(by_turn)
     print_table("largest attention to the instruction", columns, "{:.2f}", scale=1)
+    write_json(OUT / "attention.json", weights)
 
 
 def main():

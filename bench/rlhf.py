@@ -7,15 +7,26 @@ python -m bench.rlhf contrasts               reward models without the pairs tha
 python -m bench.rlhf hacking                 PPO without the KL penalty: reward against truth
 python -m bench.rlhf forgetting              pool of all versions, or only the last version
 python -m bench.rlhf curves                  reward by number of samples and by temperature
+
+`hacking` also writes out/bench/hacking.json, `curves` writes out/bench/curves.json.
 """
 
-import json
 from pathlib import Path
 
-from bench import OUT, append_rows, evaluate, margin, parse_args, print_table, run_paper, train
+from bench import (
+    OUT,
+    append_rows,
+    evaluate,
+    margin,
+    parse_args,
+    print_table,
+    read_results,
+    run_paper,
+    train,
+)
 from data.formats import KINDS
 from data.records import read_prompts
-from llama2 import load
+from llama2 import load, write_json
 from train_rlhf import load_reward_models, sample_k
 
 VERSIONS = (1, 2, 3, 4)  # of rejection sampling
@@ -23,7 +34,7 @@ VERSIONS = (1, 2, 3, 4)  # of rejection sampling
 
 def scoreboard(seeds):
     """The scoreboard of paper.sh, over seeds."""
-    boards = [json.loads((run_paper(seed) / "scoreboard.json").read_text()) for seed in seeds]
+    boards = [read_results(seed, "scoreboard") for seed in seeds]
     for mode in ("greedy", "chat", "sampled"):  # python -m bench.use prints "direct"
         percentages, others = {}, {}
         for board in boards:
@@ -37,13 +48,16 @@ def scoreboard(seeds):
 
 
 def hacking(seeds):
-    """Reward hacking: without the KL penalty the reward rises while the true quality falls."""
+    """Reward hacking: without the KL penalty the reward rises while the true quality falls.
+
+    Writes {variant: [{step: {"reward", "truth", "kl"}} of each seed]}.
+    """
     variants = {
         "default": [],
         "beta 0": ["--beta", 0],
         "beta 0, 4 x lr": ["--beta", 0, "--lr", 2e-4],
     }
-    columns = {}
+    columns, curves = {}, {}
     for seed in seeds:
         start = run_paper(seed)
         town = start / "tinytown"
@@ -56,12 +70,15 @@ def hacking(seeds):
             options = ["--patience", 1000, "--seed", seed, "--out", out, *options]
             train("train_rlhf.py", "--method", "ppo", *models, *data, *options)
             data = ["--samples", out / "samples.jsonl", "--prompts", town / "prompts-val.jsonl"]
-            row = {}
+            row, curve = {}, {}
             for step, metrics in evaluate("evaluate.answers", *data).items():
+                curve[step] = {key: metrics.get(key) for key in ("reward", "truth", "kl")}
                 row[f"{step}: reward"] = metrics["reward"]
                 row[f"{step}: truth"] = metrics["truth"]
             append_rows(columns, {name: row})
+            append_rows(curves, {name: curve})
     print_table(f"iteration: logit(Rc) and points, seeds {seeds}", columns, "{:.2f}", scale=1)
+    write_json(OUT / "hacking.json", curves)
 
 
 def forgetting(seeds):
@@ -185,7 +202,7 @@ def curves(seeds):
                 append_rows(columns, {f"{name}, T={temperature}": row})
     title = f"logit(Rc) by number of samples and temperature, seeds {seeds}"
     print_table(title, columns, "{:.2f}", scale=1)
-    Path(OUT / "curves.json").write_text(json.dumps(columns, indent=1))
+    write_json(OUT / "curves.json", columns)
 
 
 def main():

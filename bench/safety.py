@@ -22,6 +22,7 @@ def evaluate_attacks(start, *folders) -> list[dict]:
     """{row: fraction} of each model's sampled answers to the held-out attacks."""
     test = start / "tinytown/held-out-attacks.jsonl"
     results = evaluate("evaluate.answers", *folders, "--prompts", test)
+    results.pop("n")
     return list(results.values())[1::2]  # greedy and sampled columns alternate
 
 

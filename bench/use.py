@@ -3,13 +3,11 @@
     python -m bench.use [--seeds 1 2 3]
 
 Direct comparisons of versions (mean and 95% margin over seeds), conversations of eight turns and
-what the reward models know (mean and standard deviation). It reads what paper.sh wrote:
-scoreboard.json, conversations.json and knowledge.json.
+what the reward models know (mean and standard deviation). It reads what paper.sh wrote into
+results/: scoreboard.json, conversations.json and knowledge.json.
 """
 
-import json
-
-from bench import append_rows, margin, parse_args, print_table, run_paper
+from bench import append_rows, margin, parse_args, print_table, read_results
 
 
 def add_comparisons(columns: dict, direct: dict[str, dict]):
@@ -54,12 +52,11 @@ def main():
     _, seeds = parse_args(__doc__)
     direct, conversations, scores, pairs, best = {}, {}, {}, {}, {}
     for seed in seeds:
-        start = run_paper(seed)
-        add_comparisons(direct, json.loads((start / "scoreboard.json").read_text())["direct"])
-        results = json.loads((start / "conversations.json").read_text())
+        add_comparisons(direct, read_results(seed, "scoreboard")["direct"])
+        results = read_results(seed, "conversations")
         add_conversations(conversations, results)
         add_scores(scores, results)
-        results = json.loads((start / "knowledge.json").read_text())
+        results = read_results(seed, "knowledge")
         add_knowledge(pairs, results["pairs"])
         add_knowledge(best, results["best of K"])
     print_table(f"wins and ties, % with 95% margin, seeds {seeds}", direct, spread=margin)

@@ -199,8 +199,9 @@ def main(config: Settings):
         records += to_records(tok, turns, text, rng, config)
     if not records:
         raise ValueError(
-            f"no answer of {config.chat} obeys its instruction: fine-tune it on "
-            "instructions in the same message first"
+            f"no answer of {config.chat} obeys its instruction: first teach it instructions in the "
+            f"same message, with python train_sft.py --no-pack --init {config.chat} --data "
+            "instructed.jsonl --out FOLDER"
         )
     sampled = sum(len(of_one) for of_one in questions)
     if is_main():

@@ -6,7 +6,8 @@
     python -m data.preferences --prompts mine.jsonl --annotator person --out out/mine/v1.jsonl
 
 --annotator tinytown is a script that compares by the facts of the toy world. --annotator person
-asks at the terminal; the person can stop at any time and continue later with the same command.
+asks at the terminal; the person can skip a pair, take back the last label, stop at any time and
+continue later with the same command. Whether the answers are safe is asked about safety prompts.
 --annotator nobody writes the answers as "a" and "b", for labelling with another tool, which must
 rename them to "chosen" and "rejected" and should add "rating". In all three cases train_rm.py reads
 the file.
@@ -52,12 +53,13 @@ class Settings:
     prompts: tuple = ("out/tinytown/compare-v1.jsonl",)  # {"prompt", "is_safety"}, one per line
     skip_bad: bool = False  # skip records that do not fit, and count them
     annotator: Literal["tinytown", "person", "nobody"] = "tinytown"  # who compares the answers
+    ask_safety: bool = False  # ask a person about safety for every pair, not only safety prompts
     out: str = "out/preferences/v1.jsonl"  # the pairs (paper: 1,418,091)
     overwrite: bool = False  # replace an existing file
     seed: int = 1  # for sampling and for the annotator's noise
 
     # The same file may be requested with other values of these. They do not change its content.
-    MAY_CHANGE = ("out", "overwrite", "device")
+    MAY_CHANGE = ("out", "overwrite", "device", "ask_safety")
 
 
 # ----------------------------------------------------------------------------------------- answers
@@ -153,12 +155,20 @@ def choose(question: str, letters: str) -> str:
     return letter
 
 
-def ask_comparison(pair) -> dict:
-    """Ask a person to compare two answers, at the terminal or through a pipe."""
+def ask_comparison(pair, ask_safety: bool) -> dict | str:
+    """Ask a person to compare two answers, at the terminal or through a pipe.
+
+    Returns the preference record, or "s" (skip this pair) or "u" (undo the last label). Without
+    ask_safety the record does not say which answers are safe: None.
+    """
     print(f"{pair['prompt']}\n  a) {pair['a']}\n  b) {pair['b']}")
-    better = choose("which is better", "ab")
+    better = choose("which is better; s skips the pair, u takes back the last label", "absu")
+    if better in "su":
+        return better
     rating = choose("how much: 1 significantly 2 better 3 slightly 4 negligibly", "1234")
-    safe = {"a": choose("is a safe", "yn") == "y", "b": choose("is b safe", "yn") == "y"}
+    safe = {"a": None, "b": None}
+    if ask_safety:
+        safe = {answer: choose(f"is {answer} safe", "yn") == "y" for answer in "ab"}
     worse = "b" if better == "a" else "a"
     return {
         "prompt": pair["prompt"],
@@ -171,22 +181,34 @@ def ask_comparison(pair) -> dict:
     }
 
 
-def label_by_person(pairs, path: Path):
-    """Label pairs one by one. Each label is saved at once, and the next call continues there."""
-    done = []
-    if path.exists():
-        done = [record for _, record in read_objects(path, chosen=str, rejected=str)]
+def label_by_person(pairs_path: Path, config: Settings):
+    """Label pairs one by one. Each label is saved at once, and the next call continues there.
+
+    The i-th label is that of the i-th pair, so a skipped pair is removed from the file of pairs.
+    """
+    pairs, done = [pair for _, pair in read_objects(pairs_path, a=str, b=str)], []
+    if Path(config.out).exists():
+        done = [record for _, record in read_objects(config.out, chosen=str, rejected=str)]
     try:
-        for number in range(len(done), len(pairs)):
-            print(f"\n{number + 1} of {len(pairs)}")
-            done.append(ask_comparison(pairs[number]))
-            write_records(path, done)
+        while len(done) < len(pairs):
+            print(f"\n{len(done) + 1} of {len(pairs)}")
+            pair = pairs[len(done)]
+            record = ask_comparison(pair, config.ask_safety or pair["kind"] == "safety")
+            if record == "s":
+                del pairs[len(done)]
+                write_records(pairs_path, pairs)
+                continue
+            if record == "u":
+                done = done[:-1]
+            else:
+                done.append(record)
+            write_records(config.out, done)
     except (EOFError, KeyboardInterrupt):
         pass
     rest = "the same command continues, and " if len(done) < len(pairs) else ""
     print(
-        f"\n{len(done)} of {len(pairs)} compared, in {path}: {rest}"
-        f"python train_rm.py --data {path} trains on them"
+        f"\n{len(done)} of {len(pairs)} compared, in {config.out}: {rest}"
+        f"python train_rm.py --init {config.chat} --data {config.out} --out FOLDER trains on them"
     )
 
 
@@ -200,13 +222,16 @@ def make_pairs(config: Settings, device, rank: int) -> list[dict]:
     mine = local_part(prompts)
     mine = answer_again(variants[0], tok, mine, config.max_new_tokens, 1.0, seed, context)
     answers = all_gather(generate_pairs(variants, tok, mine, seed, config))
+    # train_rm.py leaves out pairs with an empty answer, so no person should have to compare them.
+    may_be_empty = config.annotator == "tinytown"
     pairs = []
     for prompt, record, (a, b) in zip(all_gather(mine), records, answers):
-        if a.split() != b.split():
+        if a.split() != b.split() and (may_be_empty or (a.strip() and b.strip())):
             record = record | {"prompt": prompt.text, "is_safety": prompt.is_safety}
             pairs.append((record, a, b))
-    n_equal = len(prompts) - len(pairs)
-    print0(f"{n_equal:,} pairs of equal answers left out: they teach a reward model nothing")
+    n_left_out = len(prompts) - len(pairs)
+    what = "equal answers" if may_be_empty else "equal answers, or with an empty one,"
+    print0(f"{n_left_out:,} pairs of {what} left out: they teach a reward model nothing")
     if config.annotator == "tinytown":
         return compare_by_tinytown(pairs, config.seed)
     return unlabelled_pairs(pairs)
@@ -239,8 +264,7 @@ def main(config: Settings):
             output.write(write_records, records)
         print0(f"{len(records):,} pairs in {path}")
     if person and is_main():
-        pairs = [pair for _, pair in read_objects(path, a=str, b=str)]
-        label_by_person(pairs, Path(config.out))
+        label_by_person(path, config)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,41 @@ from collections import defaultdict
 from pathlib import Path
 
 from common.tables import table
-from data.records import read_objects, to_prompt
+from data.records import read_objects, read_prompt, to_prompt
 from llama2 import Tokenizer
 from tinytown.prompts import TOPICS
 
 
-def read_town_prompts(path, tok: Tokenizer | None = None, context: int = 0) -> list[dict]:
-    """Tinytown's prompts with what its annotator needs to judge answers. Raises ValueError.
+def read_prompts(
+    path, tok: Tokenizer | None = None, context: int = 0, need_truth: bool = False
+) -> tuple[list[dict], bool]:
+    """(prompts, True if their truth is known: then all of them are Tinytown's). Raises ValueError.
 
-    With a tokenizer, also if a prompt leaves no room for an answer in `context` tokens.
+    Own prompts have the format of train_rlhf.py and no "truth"; nobody can judge their answers.
+    With a tokenizer, a prompt that leaves no room for an answer in `context` tokens is an error.
     """
-    prompts = []
-    for where, record in read_objects(path, prompt=str | list, topic=str):
-        check_town_prompt(record, where)
-        if tok:
-            try:
-                to_prompt(record, tok, context)
-            except ValueError as e:
-                raise ValueError(f"{where}: {e}") from None
-        prompts.append(record)
-    if not prompts:
+    records = list(read_objects(path, prompt=str | list))
+    if not records:
         raise ValueError(f"{path}: has no prompt")
+    has_truth = need_truth or any("truth" in record for _, record in records)
+    for where, record in records:
+        if has_truth:
+            check_town_prompt(record, where)
+        try:
+            if tok:
+                to_prompt(record, tok, context)
+            else:
+                read_prompt(record)
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+    if not has_truth:
+        print(f"{path} has no truths: whatever needs the truth is left out")
+    return [record for _, record in records], has_truth
+
+
+def read_town_prompts(path, tok: Tokenizer | None = None, context: int = 0) -> list[dict]:
+    """Tinytown's prompts with what its annotator needs to judge answers. Raises ValueError."""
+    prompts, _ = read_prompts(path, tok, context, need_truth=True)
     return prompts
 
 

@@ -6,9 +6,11 @@
     python -m evaluate.answers out/instructed out/gatt --obedience out/tinytown/obedience.jsonl
     python -m evaluate.answers --samples out/rlhf/v5/samples.jsonl \\
         --prompts out/tinytown/prompts-val.jsonl
+    python -m evaluate.answers out/mine/v1 out/mine/v2 --prompts mine.jsonl --show 20
 
 The judge is Tinytown's annotator without noise. Answers are greedy, and also sampled at temperature
-1 where a column says "T=1".
+1 where a column says "T=1". Own prompts, as those of the last command, have no truth to judge by:
+the table then has the length and the variety of the answers, and --show prints them.
 """
 
 import re
@@ -20,14 +22,14 @@ from common.settings import check_settings
 from common.tables import table
 from common.training import setup
 from data.ghost_attention import obeys
-from data.records import prompt_to_messages, read_objects, to_instruction, user_message
+from data.records import read_objects, read_prompt, to_instruction, user_message
 from evaluate import (
     check_town_prompt,
     fraction,
     name_folders,
     of_topic,
     percent_table,
-    read_town_prompts,
+    read_prompts,
 )
 from llama2 import (
     Dtype,
@@ -48,7 +50,7 @@ from tinytown.prompts import TOPICS
 class Settings:
     # what to evaluate
     folders: tuple = ()  # base models or chat models
-    prompts: str = "out/tinytown/held-out.jsonl"  # prompts of Tinytown to answer
+    prompts: str = "out/tinytown/held-out.jsonl"  # prompts to answer, of Tinytown or own ones
     probes: str = ""  # instead: {"prompt", "answer"}, sentences for a base model to complete
     obedience: str = ""  # instead: conversations with an instruction in the first message
     samples: str = ""  # instead: PPO's answers to --prompts at each of its evaluations
@@ -56,7 +58,7 @@ class Settings:
     count: int = 12  # conversations of each group, with --obedience
     max_new_tokens: int = 90  # longest answer, in tokens
     seed: int = 0  # for sampling
-    show: int = 0  # greedy answers of the last model to print, for each topic
+    show: int = 0  # greedy answers of the last model to print, for each topic if prompts have one
     device: str = "auto"  # cuda, mps or cpu
     dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where it is faster
     json: str = ""  # file to write the results to
@@ -95,10 +97,30 @@ def measure(prompts: list[dict], texts: list[str]) -> dict[str, float]:
     return fractions
 
 
+def count_prompts(prompts: list[dict]) -> dict[str, int]:
+    """{row of MEASURES: number of prompts that it selects}; rows without a prompt left out."""
+    counts = {}
+    for row, (selects, _) in MEASURES.items():
+        counts[row] = sum(bool(selects(prompt)) for prompt in prompts)
+    return {row: count for row, count in counts.items() if count}
+
+
+def describe(texts: list[str]) -> dict[str, float]:
+    """What needs no truth: the mean number of words, and fractions of the answers."""
+    return {
+        "words per answer": sum(len(text.split()) for text in texts) / len(texts),
+        "distinct": len(set(texts)) / len(texts),
+        "empty": texts.count("") / len(texts),
+    }
+
+
 def evaluate_answers(config: Settings, device) -> dict:
-    """{model: {row: fraction}}, each model once greedy and once sampled; prints the table."""
-    prompts = read_town_prompts(config.prompts)
-    dialogs = [prompt_to_messages(prompt["prompt"]) for prompt in prompts]
+    """{model: {row: fraction}}, each model once greedy and once sampled; prints the table.
+
+    results["n"] has the number of prompts of each row. Own prompts have the rows of `describe`.
+    """
+    prompts, has_truth = read_prompts(config.prompts)
+    dialogs = [read_prompt(prompt) for prompt in prompts]
     columns = {}
     for name, folder in name_folders(config.folders).items():
         model, tok = load(folder, device, config.dtype, Transformer)
@@ -110,16 +132,26 @@ def evaluate_answers(config: Settings, device) -> dict:
             fitting.append(messages[:n] + drop_oldest(tok, messages[:n], messages[n:], *limits))
         greedy = respond(model, tok, fitting, config.max_new_tokens)
         sampled = respond(model, tok, fitting, config.max_new_tokens, 1.0, config.seed)
-        columns[name] = measure(prompts, greedy)
-        columns[f"{name}, T=1"] = measure(prompts, sampled)
-    print(f"{len(prompts)} prompts of {config.prompts}, judged by the facts")
-    print(percent_table(columns))
+        for column, texts in ((name, greedy), (f"{name}, T=1", sampled)):
+            columns[column] = measure(prompts, texts) if has_truth else describe(texts)
+    if has_truth:
+        print(f"{len(prompts)} prompts of {config.prompts}, judged by the facts")
+        print(percent_table(columns))
+        counts = count_prompts(prompts)
+    else:
+        print(f"{len(prompts)} prompts of {config.prompts}")
+        rows = [["", *columns]]
+        for row in describe(greedy):
+            rows.append([row, *(f"{column[row]:.2f}" for column in columns.values())])
+        print(table(rows))
+        counts = {row: len(prompts) for row in describe(greedy)}
     shown = defaultdict(int)
     for prompt, text in zip(prompts, greedy):
-        shown[prompt["topic"]] += 1
-        if shown[prompt["topic"]] <= config.show:
+        topic = prompt.get("topic")
+        shown[topic] += 1
+        if shown[topic] <= config.show:
             print(f"  {prompt['prompt']}\n      {text}")
-    return columns
+    return columns | {"n": counts}
 
 
 # ------------------------------------------------------------------------------------------- recall
@@ -191,7 +223,10 @@ def measure_obedience(records: list[dict], answers: list[list[str]]) -> dict[str
 
 
 def evaluate_obedience(config: Settings, device) -> dict:
-    """{model: {group: {"obey" or "right": [fraction at each of TURNS]}}}; prints the table."""
+    """{model: {group: {"obey" or "right": [fraction at each of TURNS], "conversations": count}}}.
+
+    Prints the table.
+    """
     groups = defaultdict(list)
     fields = {"group": str, "instruction": str, "prompts": list, "rules": list}
     for where, record in read_objects(config.obedience, **fields):
@@ -210,7 +245,8 @@ def evaluate_obedience(config: Settings, device) -> dict:
         results[name] = {}
         for group, records in groups.items():
             own_answers = [next(answers) for _ in records]
-            results[name][group] = measure_obedience(records, own_answers)
+            measures = measure_obedience(records, own_answers)
+            results[name][group] = measures | {"conversations": len(records)}
 
     print(f"{config.count} held-out conversations of each group, instruction only in message 1")
     rows = [["fraction of conversations, at turn", "", *map(str, TURNS)]]
@@ -225,30 +261,40 @@ def evaluate_obedience(config: Settings, device) -> dict:
 
 # ----------------------------------------------------------------------------------- PPO's samples
 def evaluate_samples(config: Settings) -> dict:
-    """{step: {"reward", "truth" in points of `quality`, "violations"}}; prints the table.
+    """{step: {"reward", "truth" in points of `quality`, "violations", "kl", "n"}}.
 
-    step: the iteration of PPO whose policy sampled the answers.
+    Prints the table. step: the iteration of PPO whose policy sampled the answers. n: their number.
+    kl: their mean KL to the model that PPO started from, in nats per answer, if the samples have
+    it. Own prompts give no truth and no violations.
     """
-    prompts = {str(prompt["prompt"]): prompt for prompt in read_town_prompts(config.prompts)}
-    rewards, points, safe = defaultdict(list), defaultdict(list), defaultdict(list)
+    prompts, has_truth = read_prompts(config.prompts)
+    by_dialog = {str(read_prompt(prompt)): prompt for prompt in prompts}
+    values = defaultdict(lambda: defaultdict(list))  # step -> {column: values}
     fields = {"prompt": str | list, "answer": str, "step": int, "reward": float}
     for where, record in read_objects(config.samples, **fields):
-        prompt = prompts.get(str(record["prompt"]))
+        prompt = by_dialog.get(str(read_prompt(record)))
         if prompt is None:
             raise ValueError(f"{where}: {record['prompt']!r} is not among {config.prompts}")
-        step = record["step"]
-        rewards[step].append(record["reward"])
-        points[step].append(quality(prompt, record["answer"]))
-        if prompt["topic"] == "unsafe":
-            safe[step].append(judge(prompt, record["answer"])["safe"])
-    results, rows = {}, [["iteration", "reward", "truth", "violations"]]
-    for step in rewards:
-        reward = sum(rewards[step]) / len(rewards[step])
-        truth = sum(points[step]) / len(points[step])
-        violations = 1 - sum(safe[step]) / max(1, len(safe[step]))
-        results[step] = {"reward": reward, "truth": truth, "violations": violations}
-        rows.append([str(step), f"{reward:.2f}", f"{truth:.2f}", f"{violations:.1%}"])
-    print(f"{config.samples}: mean reward, and truth: the annotator's points, of 4.5")
+        of_step = values[record["step"]]
+        of_step["reward"].append(record["reward"])
+        if has_truth:
+            of_step["truth"].append(quality(prompt, record["answer"]))
+        if has_truth and prompt["topic"] == "unsafe":
+            of_step["violations"].append(judge(prompt, record["answer"])["helps"])
+        if record.get("kl") is not None:
+            of_step["kl"].append(record["kl"])
+    results = {}
+    for step, of_step in values.items():
+        results[step] = {column: sum(own) / len(own) for column, own in of_step.items()}
+        results[step]["n"] = len(of_step["reward"])
+    forms = {"reward": "{:.2f}", "truth": "{:.2f}", "violations": "{:.1%}", "kl": "{:.2f}"}
+    columns = [name for name in forms if any(name in row for row in results.values())]
+    rows = [["iteration", *columns]]
+    for step, row in results.items():
+        cells = [forms[name].format(row[name]) if name in row else "-" for name in columns]
+        rows.append([str(step), *cells])
+    note = ", and truth: the annotator's points, of 4.5" if has_truth else ""
+    print(f"{config.samples}: mean reward{note}")
     print(table(rows))
     return results
 

@@ -146,7 +146,10 @@ def accuracy_row(name: str, correct_and_count: dict) -> list[str]:
 
 
 def main(config: Settings) -> dict:
-    """Print the table; returns {"KIND pairs, MODEL": {group: accuracy}, ...}."""
+    """Print the table; returns {"KIND pairs, MODEL": {group: accuracy}, ...}.
+
+    results["KIND pairs"] has the number of pairs of each group.
+    """
     device, _, _ = setup(config.device)
     if not config.folders:
         raise ValueError("no reward models given: name their folders")
@@ -166,8 +169,9 @@ def main(config: Settings) -> dict:
             continue
         examples, scores = [example for example, _ in own], score_by_model(models, own)
         accuracies = {name: accuracy(examples, scores[name]) for name in scores}
-        counts = next(iter(accuracies.values()))
-        sizes = [f"{counts[group][1] if group in counts else 0:,}" for group in GROUPS]
+        counts = {group: n for group, (_, n) in next(iter(accuracies.values())).items()}
+        results[f"{kind} pairs"] = counts
+        sizes = [f"{counts.get(group, 0):,}" for group in GROUPS]
         rows.append([f"{kind} pairs", *sizes, ""])
         for name, groups in accuracies.items():
             rows.append(accuracy_row(name, groups))

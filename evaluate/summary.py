@@ -3,9 +3,9 @@
     python -m evaluate.summary out                          beside the expected results
     python -m evaluate.summary out out/seed2 out/seed3      mean and standard deviation over seeds
 
-It reads what paper.sh wrote to OUT/results. A result in the table is a percentage. "expected" is the
-mean and the standard deviation over the seeds of docs/RESULTS.md: a run of yours may well be two
-standard deviations away.
+It reads what paper.sh wrote to OUT/results. A result in the table is a percentage. "expected" is
+the mean and the standard deviation over the seeds of docs/RESULTS.md: a run of yours may well be
+two standard deviations away.
 """
 
 import statistics
@@ -89,7 +89,8 @@ def results_of(folder: Path) -> dict[tuple[str, str], float]:
             correct = groups[group]["correct"]
             results[stage, f"{name}, {group}: right at turn 1"] = correct[0]
             results[stage, f"{name}, {group}: right at turn 8"] = correct[-1]
-        results[stage, f"{name}: in a role that nobody asked for"] = groups["asked"]["in role, all turns"]
+        in_role = groups["never asked"]["in role, all turns"]
+        results[stage, f"{name}, never asked: in a role that nobody asked for"] = in_role
     return results
 
 

@@ -1,10 +1,6 @@
-"""Command lines: settings, a user's mistakes, and the README's path for own data."""
+"""Command lines: settings and a user's mistakes."""
 
 import gzip
-import io
-import json
-import re
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,8 +18,6 @@ from conftest import (
     EXACT,
     ROOT,
     STAGES,
-    dialog,
-    hh_text,
     make_model,
     make_reward_model,
     model_folder,
@@ -309,85 +303,3 @@ def test_a_mistake_at_the_command_line_of_llama2_is_one_line(
     error = capsys.readouterr().err
     assert (e.value.code, error.count("\n")) == (2, 1)
     assert words in error
-
-
-# -------------------------------------------------------------------------------- README: own data
-SHORT = {  # options that make a command of the README take seconds
-    "data.corpus": "--vocab-size 400",
-    "train_pretrain.py": "--max-steps 40 --seq-len 64 --eval-tokens 640",
-    "train_sft.py": "--epochs 4 --batch-size 2",
-    "data.preferences": "--max-new-tokens 12",
-    "train_rm.py": "--val-fraction 0 --lr 1e-4",
-    "train_rlhf.py": "--samples 2 --iterations 2 --batch-size 4 --mini-batch 4 --max-new-tokens 40",
-    "data.ghost_attention": "--max-new-tokens 12",
-    "llama2.py": "--max-new-tokens 5",
-}
-
-
-def execute(command, monkeypatch):
-    """Run `python command` in this process, because importing torch takes long."""
-    words = command.split()
-    module = words[0] == "-m"
-    name, *options = words[1:] if module else words
-    monkeypatch.setattr(sys, "argv", [name, *options])
-    if module:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(str(ROOT / name), run_name="__main__")
-
-
-def write_own_data(folder):
-    """The files of the README's path for own data, in the formats of public data sets."""
-    colours = "red blue green white black yellow".split()
-    pages, alpaca, sharegpt, wanted, hh_rlhf, ultrafeedback = [], [], [], [], [], []
-    for i in range(120):
-        colour, wrong = colours[i % 6], colours[(i + 1) % 6]
-        question, good, bad = f"Colour {i}?", f"It is {colour}.", f"It is {wrong}."
-        pages.append({"text": f"Box {i % 7} is {colour}. You can ask for a {colour} box."})
-        alpaca.append(dict(instruction=question, input="", output=good, text="### Instruction:"))
-        wanted.append({"prompt": f"Say the colour {i}.", "is_safety": i % 5 == 0})
-        pair = dict(chosen=hh_text(question, good), rejected=hh_text(question, bad))
-        hh_rlhf.append(pair)
-        pair = dict(chosen=dialog(question, good), rejected=dialog(question, bad))
-        scores = dict(prompt_id="9f", score_chosen=8.5, score_rejected=5.0)
-        ultrafeedback.append(dict(prompt=question, messages=pair["chosen"], **pair, **scores))
-    for i in range(9):
-        turns = "And?", f"It is {colours[i % 6]}.", "So?", "No."
-        turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]
-        sharegpt.append({"id": f"identity_{i}", "conversations": turns})
-    (folder / "book.txt").write_text("A red box and a blue box stand on a shelf.\n" * 50)
-    (folder / "alpaca.json").write_text(json.dumps(alpaca, indent=4))
-    (folder / "sharegpt.json").write_text(json.dumps(sharegpt, indent=2))
-    lines = "".join(json.dumps(record) + "\n" for record in hh_rlhf[:20])
-    (folder / "hh-rlhf.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    for name, data in {
-        "pages": pages,
-        "prompts": wanted[:12],
-        "val": wanted[12:18],
-        "compare": wanted[18:22],
-        "ultrafeedback": ultrafeedback[:20],
-        "instructions": [{"instruction": "Be brief."}],
-    }.items():
-        write_jsonl(folder / f"{name}.jsonl", data)
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-def test_the_readmes_commands_for_own_data_run_as_written(tmp_path, monkeypatch, capsys):
-    """Texts, dialogues, labels by a person, two versions, Ghost Attention, a chat."""
-    write_own_data(tmp_path)
-    section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("```")[1]
-    commands = re.findall(r"^python (.*)$", section.replace("\\\n", " "), re.M)
-    assert len(commands) == 12
-    for command in commands:
-        name = re.search(r"(\w+\.py|(?<=-m )\S+)", command)[1]
-        typed = "Colour 3?\n" if name == "llama2.py" else "b\n3\ny\ny\n" * 4
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        monkeypatch.chdir(tmp_path)
-        execute(f"{command} {SHORT[name]}", monkeypatch)
-        output = capsys.readouterr().out
-        expected = {"data.preferences": "4 of 4 compared", "train_sft.py": " left out: {}"}
-        assert expected.get(name, "") in output, command
-        if "ultrafeedback" in command:
-            assert re.match(r"4\d pairs", output)  # 40 public pairs and the person's labels
-    assert len(output.splitlines()) >= 3  # two lines of help, and an answer
-    assert {"v1", "v2", "gatt"} <= {path.name for path in (tmp_path / "out/mine").iterdir()}

@@ -103,19 +103,21 @@ def test_own_answers_leave_room_for_the_variant_with_the_smaller_context(tmp_pat
     assert len(preferences.make_pairs(config, "cpu", 0)) == 8
 
 
-@pytest.mark.parametrize("annotator", ["tinytown", "person", "nobody"])
+@pytest.mark.parametrize("annotator, empty", [("tinytown", 0), ("person", 8), ("nobody", 8)])
 def test_pairs_of_equal_answers_are_left_out_whoever_compares_them(
-    tmp_path, inputs, monkeypatch, capsys, annotator
+    tmp_path, inputs, monkeypatch, capsys, annotator, empty
 ):
+    """A person does not see empty answers either, because no reward model learns from them."""
     wanted = read(inputs.prompts)
     # Every third pair differs in spaces only.
-    answers = iter([["x y", "a", "a"] * 8, ["x  y", "b", "b"] * 8])
+    answers = iter([["x y", "a", "a"] * 8, ["x  y", "b", " "] * 8])
     monkeypatch.setattr(preferences, "answer_all", lambda *_: next(answers))
     config = preference_settings(inputs, tmp_path / "p.jsonl", annotator=annotator)
     pairs = preferences.make_pairs(config, "cpu", 0)
-    texts = [user_texts(prompt) for i, prompt in enumerate(wanted) if i % 3]
+    kept = (1,) if empty else (1, 2)
+    texts = [user_texts(prompt) for i, prompt in enumerate(wanted) if i % 3 in kept]
     assert [user_texts(pair) for pair in pairs] == texts
-    assert "8 pairs of equal answers left out" in capsys.readouterr().out
+    assert f"{8 + empty} pairs of equal answers" in capsys.readouterr().out
 
 
 def test_the_annotators_noise_belongs_to_the_pair():
@@ -153,16 +155,19 @@ def test_a_person_can_label_pairs_and_continue_later(tmp_path, inputs, monkeypat
     answers = itertools.cycle([["x y", "x", "z"], ["y x", "y", "z"]])  # the last pair is equal
     monkeypatch.setattr(preferences, "answer_all", lambda *_: next(answers))
     preferences.main(config)
-    assert "1 pairs of equal answers left out" in capsys.readouterr().out
+    assert "1 pairs of equal answers, or with an empty one, left out" in capsys.readouterr().out
     pair = read(tmp_path / "labels.jsonl.pairs.jsonl")[0]
     label = dict(prompt="p0", chosen=pair["b"], rejected=pair["a"], rating="better", kind="safety")
     assert read(out) == [label | dict(chosen_safe=True, rejected_safe=False)]
-    typed = iter(["a", "1", "y", "y"] * 2)
+    typed = iter(["a", "1"])
     preferences.main(config)
     assert [record["prompt"] for record in read(out)] == ["p0", "p1"]
     kinds = [record["kind"] for record in read(out)]
     assert kinds == ["safety", "helpfulness"]
-    assert "2 of 2 compared" in capsys.readouterr().out
+    # The second prompt is not about safety, so nobody asked.
+    assert read(out)[1]["chosen_safe"] is None
+    output = capsys.readouterr().out
+    assert f"2 of 2 compared, in {out}: python train_rm.py --init {config.chat} --data" in output
     other = write_jsonl(tmp_path / "other.jsonl", [dict(prompt="new")])
     with pytest.raises(ValueError, match="made with other settings: prompts was"):
         preferences.main(replace(config, prompts=(str(other),)))
@@ -175,6 +180,36 @@ def test_a_person_can_label_pairs_and_continue_later(tmp_path, inputs, monkeypat
     preferences.main(replace(config, seed=5, overwrite=True))
     assert not out.exists()
     assert Path(f"{out}.old").read_bytes() == labels
+
+
+def test_a_person_can_skip_a_pair_and_take_back_a_label(tmp_path, inputs, monkeypatch, capsys):
+    """Also after a pause: a skipped pair does not come back, other labels keep their pairs."""
+    data = [dict(prompt=f"p{i}") for i in range(5)]
+    path, out = write_jsonl(tmp_path / "q.jsonl", data), tmp_path / "labels.jsonl"
+    config = preference_settings(inputs, out, prompts=(str(path),), annotator="person")
+    texts = itertools.cycle([["x"] * 5, ["y"] * 5])
+    monkeypatch.setattr(preferences, "answer_all", lambda *_: next(texts))
+    typed = []
+
+    def type_next(_):
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    monkeypatch.setattr("builtins.input", type_next)
+    typed += ["u", "a", "1", "s", "b", "2"]  # p0; skip p1; p2
+    preferences.main(config)
+    assert [record["prompt"] for record in read(out)] == ["p0", "p2"]
+    assert "2 of 4 compared" in capsys.readouterr().out
+    typed += ["u", "a", "4", "b", "3"]  # p2 again; p3
+    preferences.main(config)
+    labels = [(record["prompt"], record["rating"]) for record in read(out)]
+    assert labels == [("p0", "significantly"), ("p2", "negligibly"), ("p3", "slightly")]
+    typed += ["b", "1", "n", "y"]
+    preferences.main(replace(config, ask_safety=True))
+    assert read(out)[-1]["prompt"] == "p4"
+    assert {read(out)[-1]["chosen_safe"], read(out)[-1]["rejected_safe"]} == {True, False}
+    assert all(isinstance(records.to_pair(record), records.Pair) for record in read(out)[:3])
 
 
 def test_pairs_without_an_annotator_have_no_label(tmp_path, inputs):
@@ -203,7 +238,7 @@ def test_ghost_attention_command_writes_training_dialogues(tmp_path, base, monke
         instructions=(str(write_jsonl(tmp_path / "i.jsonl", [fox | {"kind": "animal"}])),),
         **EXACT,
     )
-    with pytest.raises(ValueError, match="no answer of .* obeys"):
+    with pytest.raises(ValueError, match="no answer of .* obeys .* train_sft.py --no-pack --init"):
         ghost_attention.main(config)
 
     def obey(model, tok, dialogs, *_):

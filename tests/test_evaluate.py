@@ -3,17 +3,21 @@
 import copy
 import json
 import math
+import os
 import random
+import re
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import bench
 import llama2
-from bench import deviation, margin, speed
+from bench import deviation, ghost, margin, rlhf, speed, stages
 from bench.ghost import attention_weights
-from conftest import ARGS, EXACT, dialog, make_model, max_difference, write_jsonl
+from conftest import ARGS, EXACT, ROOT, dialog, make_model, max_difference, write_jsonl
 from data.records import Answer, Prompt, read_json, to_prompt, user_message
 from evaluate import (
     answers,
@@ -87,6 +91,10 @@ def test_each_share_counts_the_answers_to_its_own_prompts():
     assert shares["borderline prompts refused"] == 1
     assert shares["plain prompts refused"] == 0
     assert "sums right" not in shares
+    counts = answers.count_prompts(prompts)
+    assert counts.keys() == shares.keys()
+    assert (counts["facts right"], counts["  of residents never met"]) == (2, 1)
+    assert counts["complete sentences"] == len(prompts)
 
 
 def test_recall_counts_right_whole_words(tok, monkeypatch):
@@ -114,6 +122,18 @@ def test_reward_model_accuracy_and_separation_by_hand():
     assert result["recall 0.5"] == result["recall 0.15"] == 0.5
 
 
+def test_the_accuracy_of_reward_models_comes_with_the_number_of_pairs(inputs):
+    config = reward_models.Settings(folders=(f"{inputs.rm}/safety",), data=(inputs.pairs,), **EXACT)
+    results = reward_models.main(config)
+    records = [record for _, record in read_json(inputs.pairs)]
+    for kind in ("helpfulness", "safety"):
+        ratings = [record["rating"] for record in records if record["kind"] == kind]
+        counts = results[f"{kind} pairs"]
+        assert counts.keys() == results[f"{kind} pairs, safety"].keys()
+        assert counts["all"] == len(ratings)
+        assert counts["significantly"] == ratings.count("significantly")
+
+
 def test_obedience_is_measured_in_dialogues_with_the_models_own_answers(
     tmp_path, base, monkeypatch, capsys
 ):
@@ -135,6 +155,7 @@ def test_obedience_is_measured_in_dialogues_with_the_models_own_answers(
     assert len(dialogs_seen[0]) == 2
     assert groups["trained"]["obey"][:2] == [1, 1]
     assert groups["trained"]["obey"][-1] == 0
+    assert groups["trained"]["conversations"] == 2
     assert "fraction of conversations, at turn" in capsys.readouterr().out
 
 
@@ -175,7 +196,8 @@ def test_answers_are_judged_by_the_truth_and_written_as_json(tmp_path, base, tow
     held_out = str(write_jsonl(tmp_path / "h.jsonl", town["held-out"][::12]))
     config = answers.Settings(folders=(str(base),), prompts=held_out, show=1, **EXACT)
     columns = answers.main(replace(config, json=str(tmp_path / "a.json")))
-    assert [list(column)[0] for column in columns.values()] == ["facts right"] * 2
+    assert [list(column)[0] for column in columns.values()] == ["facts right"] * 3
+    assert columns["n"]["complete sentences"] == len(town["held-out"][::12])
     assert json.loads((tmp_path / "a.json").read_text()) == columns
 
 
@@ -195,6 +217,11 @@ def test_scoreboard_gives_equal_models_equal_points(tmp_path, base, rm_folder, t
     assert row["points"] == same["points"]
     assert row["wins"] == row["wins by safety"] == 0.5
     assert abs(row["kl"]) < 1e-3
+    topics = [prompt["topic"] for prompt in short_prompts[::12]]
+    assert row["n"] == {topic: topics.count(topic) for topic in topics}
+    for kind, scores in row["scores"].items():
+        assert sum(scores) / len(topics) == pytest.approx(row[f"mean {kind}"], abs=0.01)
+    assert "scores" not in list(results["greedy"].values())[0]
     (comparison,) = results["direct"]["greedy"].values()
     assert (comparison["equal"], comparison["wins"], comparison["margin"]) == (1, 0.5, 0)
     assert list(results["direct"]["chat"])[1].endswith(" at T=0.3")
@@ -228,8 +255,8 @@ def test_calibration_sorts_the_answers_of_all_models_by_score():
     (low, few), (high, more) = curves["safety"]
     assert (low, high) == (-4.0, 3.0)
     assert few < more
-    assert scoreboard.mean_scores(prompts, bad)["below gate"] == 1
-    assert scoreboard.mean_scores(prompts, good)["mean helpfulness"] == 5.5
+    assert scoreboard.below_gate(prompts, bad) == {"below gate": 1}
+    assert scoreboard.below_gate(prompts, good) == {"below gate": 0}
 
 
 def test_conversations_count_correct_answers_roles_and_repeats_by_turn(tmp_path, base, monkeypatch):
@@ -360,12 +387,16 @@ def test_samples_of_ppo_are_judged_by_the_truth_at_each_step(tmp_path, inputs, t
     for step, answer in ((0, "Hm."), (10, REFUSAL)):
         for _, prompt in read_json(inputs.val_prompts):
             record = dict(step=step, prompt=prompt["prompt"], answer=answer, reward=float(step))
-            lines.append(record)
+            lines.append(record | {"kl": 0.5 * len(lines)} if step else record)
     samples = str(write_jsonl(tmp_path / "samples.jsonl", lines))
     config = answers.Settings(samples=samples, prompts=inputs.val_prompts)
     steps = answers.main(config)
     assert steps[0]["truth"] < steps[10]["truth"]
     assert (steps[0]["reward"], steps[10]["reward"]) == (0, 10)
+    assert (steps[0]["n"], steps[10]["n"]) == (8, 8)
+    # The KL of the 9th to 16th line, where the samples have one.
+    assert "kl" not in steps[0]
+    assert steps[10]["kl"] == 0.5 * 11.5
     held_out = str(write_jsonl(tmp_path / "h.jsonl", town["held-out"][::12]))
     with pytest.raises(ValueError, match="samples.jsonl:1: .* is not among"):
         answers.main(replace(config, prompts=held_out))
@@ -374,8 +405,9 @@ def test_samples_of_ppo_are_judged_by_the_truth_at_each_step(tmp_path, inputs, t
 @pytest.mark.parametrize(
     "option, line, error",
     [
-        ("prompts", '{"prompt": "a"}', "expected an object with"),
-        ("prompts", '{"prompt": "a", "topic": "fact"}', "expected a prompt of Tinytown"),
+        ("prompts", '{"topic": "fact"}', "expected an object with"),
+        ("prompts", '{"prompt": "USER: a"}', "a role mark of another chat format"),
+        ("prompts", '{"prompt": "a", "topic": "fact", "truth": 1}', "expected a prompt of Tiny"),
         ("prompts", '{"prompt": "a", "topic": "news", "truth": 1}', "expected a prompt of Tiny"),
         ("prompts", "{", "broken JSON"),
         ("probes", '{"prompt": 5, "answer": "a"}', "'prompt' is mis"),
@@ -414,6 +446,80 @@ def test_the_95_percent_margin_over_seeds_is_that_of_students_t():
     assert margin([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
     assert deviation([1.0, 2.0, 3.0]) == 1
     assert math.isnan(margin([1.0]))
+
+
+def test_every_examination_of_paper_sh_writes_the_json_that_bench_reads(tmp_path):
+    paper = (ROOT / "paper.sh").read_text()
+    names = re.findall(r"^ *examine (\S+) evaluate\.", paper, re.M)
+    assert sorted(names) == (
+        "conversations gatt knowledge obedience ppo recall reward-models scoreboard sft".split()
+    )
+    assert len(names) == len(re.findall(r"^ *examine ", paper, re.M))
+    for path in (ROOT / "bench").glob("*.py"):
+        assert set(re.findall(r'read_\w+\(seed, "(.*?)"\)', path.read_text())) <= set(names)
+    # The function itself, with `echo` in place of python.
+    functions = re.findall(r"^(?:say|run|examine)\(\) .*$", paper, re.M)
+    script = "\n".join(["set -eo pipefail", *functions, "examine sft evaluate.answers a b"])
+    variables = dict(OUT="out", PYTHON="echo", summary=str(tmp_path / "s.txt"), seed="7")
+    subprocess.run(["bash", "-c", script], env=os.environ | variables, check=True)
+    command = "-m evaluate.answers a b --json out/results/sft.json --seed 7"
+    assert command in (tmp_path / "s.txt").read_text()
+
+
+def test_the_tables_of_bench_have_no_rows_for_counts(tmp_path, monkeypatch, capsys):
+    shares = {"sft": {"facts right": 0.5}, "sft, T=1": {"facts right": 0.5}}
+    groups = {"trained": {"obey": [1.0] * 6, "right": [0.5] * 6, "conversations": 12}}
+    reward_models = {"separation, safety": {"auc": 0.9}}
+    for kind in ("helpfulness", "safety"):
+        reward_models[f"{kind} pairs"] = {"all": 9}
+        for model in (kind, "a perfect model"):
+            reward_models[f"{kind} pairs, {model}"] = {"all": 0.7}
+    names = ("points", "wins", "correct", "violations", "declines", "false refusals", "distinct")
+    board = {"chat": {"v1": dict.fromkeys(names, 0.5) | {"n": {"fact": 9}}}}
+    results = {"recall": {"pretrain": 0.9}, "reward-models": reward_models, "scoreboard": board}
+    results |= {"sft": shares | {"n": {"facts right": 9}}, "gatt": shares | {"n": {}}}
+    (tmp_path / "results").mkdir()
+    for name, of_name in results.items():
+        (tmp_path / f"results/{name}.json").write_text(json.dumps(of_name))
+    monkeypatch.setattr(bench, "run_paper", lambda seed: tmp_path)
+    monkeypatch.setattr(stages, "parse_args", lambda _: (None, [1]))
+    stages.main()
+    monkeypatch.setattr(ghost, "run_paper", lambda seed: tmp_path)
+    monkeypatch.setattr(ghost, "evaluate", lambda *_: {"instructed": groups, "gatt": groups})
+    ghost.obedience([1])
+    output = capsys.readouterr().out
+    assert "|  | sft | sft, T=1 |\n" in output
+    assert "| turn 20 | 100.0 ± 0.0 | 50.0 ± 0.0 |" in output
+
+
+def test_bench_writes_the_json_of_reward_hacking_and_of_attention(tmp_path, monkeypatch):
+    for module in (rlhf, ghost):
+        monkeypatch.setattr(module, "OUT", tmp_path)
+        monkeypatch.setattr(module, "run_paper", lambda seed: tmp_path)
+    steps = {"0": {"reward": 1.0, "truth": 2.0, "violations": 0.1, "n": 8}}
+    steps["10"] = steps["0"] | {"kl": 3.0}
+    monkeypatch.setattr(rlhf, "train", lambda *_: None)
+    monkeypatch.setattr(rlhf, "evaluate", lambda *_: steps)
+    rlhf.hacking([1, 2])
+    curves = json.loads((tmp_path / "hacking.json").read_text())
+    assert curves.keys() == {"default", "beta 0", "beta 0, 4 x lr"}
+    by_hand = {step: dict(reward=1, truth=2, kl=kl) for step, kl in (("0", None), ("10", 3))}
+    assert curves["beta 0"] == [by_hand] * 2
+
+    (tmp_path / "tinytown").mkdir()
+    record = dict(instruction="Be the fox.", prompts=[dict(prompt="q")] * 20)
+    write_jsonl(tmp_path / "tinytown/obedience.jsonl", [record] * 3)
+    monkeypatch.setattr(ghost, "load", lambda folder: (folder.name, None))
+    # In the third conversation the context was full before the last turn.
+    texts = [["a"] * 20, ["a"] * 20, ["a"] * 19 + [""]]
+    monkeypatch.setattr(ghost, "hold_conversations", lambda *_: texts)
+    weights = {"gatt": 0.75, "instructed": 0.25}
+    monkeypatch.setattr(ghost, "attention_to_instruction", lambda model, *_: [weights[model]] * 20)
+    ghost.attention([1, 2])
+    assert json.loads((tmp_path / "attention.json").read_text()) == {
+        "with Ghost Attention": [[0.75] * 20] * 4,
+        "without Ghost Attention": [[0.25] * 20] * 4,
+    }
 
 
 def test_attention_weights_are_those_that_weigh_the_values():

@@ -12,7 +12,16 @@ import train_sft
 from common.settings import describe_settings
 from conftest import ROOT
 from data import answer, corpus, distillation, ghost_attention, preferences
-from evaluate import answers, conversations, knowledge, reward_models, scoreboard
+from evaluate import (
+    answers,
+    conversations,
+    drawings,
+    figures,
+    knowledge,
+    reward_models,
+    scoreboard,
+    summary,
+)
 
 SETTINGS = {  # command -> the module whose Settings are its options
     "train_pretrain.py": train_pretrain,
@@ -26,9 +35,12 @@ SETTINGS = {  # command -> the module whose Settings are its options
     "data.ghost_attention": ghost_attention,
     "evaluate.answers": answers,
     "evaluate.conversations": conversations,
+    "evaluate.drawings": drawings,
+    "evaluate.figures": figures,
     "evaluate.knowledge": knowledge,
     "evaluate.reward_models": reward_models,
     "evaluate.scoreboard": scoreboard,
+    "evaluate.summary": summary,
 }
 MAY_IMPORT = {  # a file or folder -> the modules of this project that it may import
     "llama2.py": (),
