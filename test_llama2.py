@@ -1122,15 +1122,15 @@ def test_lowest_temperature_within_one_standard_error_is_chosen(monkeypatch):
     torch.manual_seed(1)
     shared_noise = torch.randn(100, 1)
 
-    def sample_k(policy, tok, models, batch, K, max_new_tokens, temperature, seed):
+    def sample_k(policy, tok, models, batch, K, max_new_tokens, temperature, seed, *_):
         mean = {0.5: 0.0, 0.7: 0.99, 1.0: 1.0}[temperature]
         return None, None, shared_noise + mean + 0.1 * torch.randn(100, 1)
 
     monkeypatch.setattr(train_rlhf, "sample_k", sample_k)
     config, run = train_rlhf.Settings(temperatures=(1.0, 0.5, 0.7)), SimpleNamespace(rank=0)
-    chosen, means = train_rlhf.choose_temperature(None, None, None, None, config, run)
+    chosen, tried = train_rlhf.choose_temperature(None, None, None, None, config, run)
     assert chosen == 0.7
-    assert means[1.0] - means[0.5] == pytest.approx(1, abs=0.1)
+    assert tried[1.0][0] - tried[0.5][0] == pytest.approx(1, abs=0.1)
 
 
 def test_reward_models_fit_the_context_and_safety_is_optional(tmp_path, tok, rm_folder, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train_rlhf
 import train_sft
 from common import run as runs, training
-from conftest import ROOT, read_log
+from conftest import ROOT, make_model, read_log
+from llama2 import generate, text_after
 
 FINISHED, UNFINISHED, NOTHING = "consolidated.00.pth", "resume.pt", "params.json"
 
@@ -25,9 +28,13 @@ def write_run(folder, file):
     return config
 
 
+def stub_model(**more):
+    return SimpleNamespace(parameters=lambda: [], matmul_dtype="float32", **more)
+
+
 def start_run(folder):
     run = runs.Run(folder, train_sft.Settings(save_every=1000))
-    run.begin(None, None, 4)
+    run.begin(stub_model(), None, 4)
     return run
 
 
@@ -55,7 +62,7 @@ def test_an_old_run_is_continued_replaced_or_refused(tmp_path, file, option, out
     run = runs.Run(tmp_path, config)
     assert (run.state is None) is (outcome == "new")
     assert (tmp_path / file).exists()  # nothing is deleted before the run begins
-    model = SimpleNamespace(load_state_dict=lambda state: None)
+    model = stub_model(load_state_dict=lambda state: None)
     assert run.begin(model, model, 9) == (0 if outcome == "new" else 3)
     assert (tmp_path / file).exists() is (outcome == "continue")
 
@@ -116,6 +123,76 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path):
     process.kill()
     process.wait()
     runs.Run(tmp_path, train_sft.Settings())  # the system has released the lock
+
+
+def test_code_that_changed_after_a_run_was_finished_is_named_in_one_line(tmp_path, tok, capsys):
+    config = train_sft.Settings(resume=True)
+    run = start_run(tmp_path)
+    run.finish(make_model(), tok)
+
+    def lines_of_resuming():
+        capsys.readouterr()
+        with pytest.raises(runs.Finished):
+            runs.Run(tmp_path, config)
+        return capsys.readouterr().out.splitlines()
+
+    assert lines_of_resuming() == []
+    sources = tmp_path / "sources.json"
+    prints = json.loads(sources.read_text())
+    runs.write_json(sources, prints | {"llama2.py": "1 bytes"})
+    (line,) = lines_of_resuming()
+    assert "llama2.py changed after" in line
+    assert "--overwrite" in line
+    sources.unlink()  # finished by code that did not write this file
+    assert lines_of_resuming() == []
+
+
+def test_the_code_of_a_run_is_its_script_those_it_imports_the_model_and_the_optimizer():
+    both = {"llama2.py", "training.py"}
+    names = {path.name for path in runs.source_files(train_sft.Settings())}
+    assert names == both | {"train_sft.py"}
+    names = {path.name for path in runs.source_files(train_rlhf.Settings())}
+    assert names == both | {"train_sft.py", "train_rlhf.py"}
+
+
+def test_the_time_of_a_run_counts_what_comes_before_its_first_step(
+    tmp_path, tok, monkeypatch, capsys
+):
+    clock = [0.0]
+    monkeypatch.setattr(runs.time, "time", lambda: clock[0])
+    run = runs.Run(tmp_path, train_sft.Settings())
+    clock[0] = 30.0
+    model = make_model()
+    model.matmul_dtype = "bfloat16"
+    run.begin(model, None, 4)
+    clock[0] = 32.0
+    run.log(0, score=1.5)
+    run.log(2, score=2.5)
+    run.finish(model, tok)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"[\d,]+ parameters, 4 steps, matrix products in bfloat16", lines[0])
+    # Nothing is known of the time left before the first step.
+    assert lines[1:3] == ["step 0/4  score 1.5", "step 2/4  score 2.5  left 0:02"]
+    assert lines[3].endswith(", 32 s")
+
+
+def test_samples_are_greedy_printed_in_one_line_each_and_written_whole(tmp_path, tok, capsys):
+    run, model = start_run(tmp_path), make_model(vocab_size=tok.vocab_size, max_seq_len=128)
+    prompts = [tok.encode("a fox", bos=True), tok.encode("a fox and a hen " * 9, bos=True)]
+    capsys.readouterr()
+    run.show_samples(2, model, tok, prompts)
+    printed = capsys.readouterr().out.splitlines()
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["prompt"] for record in records] == [tok.decode(prompt) for prompt in prompts]
+    for prompt, record in zip(prompts, records):
+        (ids,) = generate(model, [prompt], 32, temperature=0, eos_id=tok.eos_id)
+        assert record["answer"] == text_after(tok, prompt, ids)
+        assert record["step"] == 2
+    assert len(printed) == 2
+    assert printed[0].startswith("  a fox -> ")
+    assert " hen -> " in printed[1]
+    assert all(len(line) <= 100 for line in printed)
 
 
 def test_the_log_has_the_tokens_per_second_since_the_last_line(tmp_path, monkeypatch, capsys):

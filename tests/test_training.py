@@ -1,6 +1,7 @@
 """What all training stages share: resuming, micro-batches, processes, bfloat16, old results."""
 
 import copy
+import json
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ from conftest import (
     STAGES,
     interrupt_at,
     losses,
+    make_model,
     max_difference,
     model_folder,
     options,
@@ -35,13 +38,13 @@ from conftest import (
     stage,
     weights,
 )
-from data import records
+from data import corpus, records
 from llama2 import SIZES, generate, load
 
 
-def generate_with_eos(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id):
+def generate_with_eos(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, **more):
     """Answers that end with EOS, which is rare in those of a random model."""
-    return [ids + [eos_id] for ids in generate(model, prompts, 4, temperature, 1.0, seed)]
+    return [ids + [eos_id] for ids in generate(model, prompts, 4, temperature, 1.0, seed, **more)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,7 +160,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, inputs, monkeypatch):
 def test_the_best_or_the_last_model_is_kept_also_after_resuming(
     tmp_path, inputs, name, metric, monkeypatch, capsys
 ):
-    """The second evaluation is the best one."""
+    """The second evaluation is the best one; the first one is before training."""
     script, config = stage(name, inputs, tmp_path / "last", eval_every=2, keep="last")
     sign, states = (1 if metric == "accuracy" else -1), []
     if name == "rm":
@@ -175,7 +178,7 @@ def test_the_best_or_the_last_model_is_kept_also_after_resuming(
     best = replace(config, out=str(tmp_path / "best"), keep="best")
     crash(script, best, monkeypatch, step=7)
     script.main(replace(best, resume=True))
-    assert "kept: the model of step 4, the best of this run" in capsys.readouterr().out
+    assert "kept: the model of step 2, the best of this run" in capsys.readouterr().out
     assert max_difference(weights(model_folder(best)), states[1]) == 0
     assert difference(best, config) > 0
     with pytest.raises(ValueError, match="made with other settings: eval_every was 2, now 3"):
@@ -216,6 +219,142 @@ def test_a_run_cannot_be_resumed_after_a_change_of_its_inputs(tmp_path, inputs, 
         path.write_bytes(before)
 
 
+def test_rejection_sampling_continues_after_ctrl_c_while_it_samples(
+    tmp_path, whole_runs, monkeypatch, capsys
+):
+    """Interrupted when all is sampled and nothing of it scored: the answers must not be lost."""
+    script, whole, metrics = whole_runs["rejection-sampling"]
+    config = replace(whole, out=str(tmp_path))
+    score_answers, calls = train_rlhf.score_answers, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 2:  # the first call is that of the choice of the temperature
+            raise KeyboardInterrupt
+        return score_answers(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_rlhf, "score_answers", interrupt)
+        run_command(config, script, monkeypatch)
+    assert "keeps the answers sampled so far" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("sampled.*.jsonl"))) == 2
+    assert script.main(replace(config, resume=True)) == metrics
+    assert "48 of 48 answers are known" in capsys.readouterr().out
+    for name in ("best.jsonl", "sampling.json", "consolidated.00.pth"):
+        assert (tmp_path / name).read_bytes() == (Path(whole.out) / name).read_bytes()
+    assert not list(tmp_path.glob("sampled.*"))
+
+
+# ----------------------------------------------------------------------------- looks while training
+@pytest.mark.parametrize(
+    "name, metric", [("pretrain", "val/stories"), ("sft", "val_loss"), ("rm", "accuracy")]
+)
+def test_held_out_data_is_evaluated_before_training_and_at_every_tenth(
+    tmp_path, inputs, name, metric
+):
+    changes = dict(max_steps=25) if name == "pretrain" else dict(epochs=3)
+    script, config = stage(name, inputs, tmp_path, **changes)
+    script.main(replace(config, eval_every=0, log_every=1000, save_every=1000))
+    log = read_log(model_folder(config))
+    steps = [line["step"] for line in log if metric in line]
+    tenth = -(-steps[-1] // 10)
+    assert steps == sorted({*range(0, steps[-1], tenth), steps[-1]})
+    assert all("loss" not in line for line in log[:-2])  # it would be that of an earlier step
+    assert steps[-1] > 11
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft"])
+def test_samples_at_the_same_prompts_at_the_start_the_middle_and_the_end(whole_runs, name):
+    _, config, _ = whole_runs[name]
+    lines = (model_folder(config) / "samples.jsonl").read_text().splitlines()
+    samples, last = [json.loads(line) for line in lines], read_log(config.out)[-1]["step"]
+    assert [sample["step"] for sample in samples] == [0] * 3 + [last // 2] * 3 + [last] * 3
+    prompts = [sample["prompt"] for sample in samples]
+    assert prompts == prompts[:3] * 3
+    model, tok = load(config.out)
+    if name == "sft":  # prompts of dialogues, with nothing of their answers
+        assert all(prompt.endswith("[/INST]") for prompt in prompts)
+    for sample in samples[-3:]:
+        ids = tok.encode(sample["prompt"], bos=True)
+        (answer,) = generate(model, [ids], 32, temperature=0, eos_id=tok.eos_id)
+        assert llama2.text_after(tok, ids, answer) == sample["answer"]
+
+
+def test_beginnings_are_of_as_many_sources_as_possible(tmp_path, tok):
+    def source(name, *texts):
+        ids = sum((tok.encode(text, bos=True, eos=True) for text in texts), [])
+        if not ids:
+            return SimpleNamespace(name=name, val=corpus.Shards(tmp_path, name, "uint16"))
+        ids = np.array(ids, "uint16")
+        ids.tofile(tmp_path / f"{name}.val.00000.bin")
+        return SimpleNamespace(name=name, val=corpus.Shards(tmp_path, f"{name}.val", "uint16"))
+
+    sources = [source("a", "one fox here", "two fox here"), source("b"), source("c", "hen")]
+    found = train_pretrain.beginnings(sources, tok, 3)
+    texts = ["one fox here", "hen", "two fox here"]
+    assert found == [tok.encode(text, bos=True, eos=True)[:3] for text in texts]
+
+
+def test_rejection_sampling_reports_rewards_by_the_number_of_samples(whole_runs):
+    _, config, _ = whole_runs["rejection-sampling"]
+    stats = llama2.load_json(Path(config.out) / "sampling.json")
+    assert list(stats["by n"]) == ["1", "2"]
+    first, both = stats["by n"]["1"], stats["by n"]["2"]
+    assert first[0] == first[1]  # of one answer
+    assert both == [stats["max"], stats["median"]]
+    assert both[0] > first[0]
+    assert stats["prompts"] == 24
+    assert stats["samples"] == 2 * (24 + 3)  # with the choice of the temperature
+    ((mean, standard_error),) = stats["tried"].values()
+    assert standard_error > 0
+    assert not (Path(config.out) / "samples.jsonl").exists()
+
+
+def test_ppo_writes_what_it_computed_token_by_token(tmp_path, inputs, capsys):
+    script, config = stage("ppo", inputs, tmp_path, iterations=2, lam=0.9)
+    script.main(config)
+    line = r"step 2/2 .* explained_variance -?[\d.e-]+  clip_fraction [\d.e-]+"
+    assert re.search(line, capsys.readouterr().out)
+    written = llama2.load_json(tmp_path / "rollout.json")
+    assert written["step"] == 2
+    assert len(written["answers"]) == 4
+    for answer in written["answers"]:
+        n, kl = len(answer["pieces"]) - answer["start"], answer["kl"]
+        assert answer["pieces"][0] == "<s>"
+        assert answer["pieces"][answer["start"] - 1] != answer["pieces"][-1] == "</s>"
+        for name in ("logprobs", "kl", "values", "rewards", "advantages", "returns"):
+            assert len(answer[name]) == n
+        expected = [-config.beta * x for x in kl]
+        expected[-1] += answer["whitened"]  # all answers are finished
+        assert answer["rewards"] == pytest.approx(expected, abs=1e-3)
+        advantage, next_value = 0.0, 0.0
+        for t in reversed(range(n)):
+            delta = answer["rewards"][t] + next_value - answer["values"][t]
+            advantage, next_value = delta + 0.9 * advantage, answer["values"][t]
+            assert answer["returns"][t] == pytest.approx(advantage + next_value, abs=5e-3)
+
+
+def test_evaluations_of_ppo_report_the_kl_of_each_answer(whole_runs, tok):
+    _, config, _ = whole_runs["ppo"]
+    lines = (Path(config.out) / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert all(abs(sample["kl"]) < 1e-4 for sample in samples if sample["step"] == 0)
+    assert any(abs(sample["kl"]) > 1e-3 for sample in samples if sample["step"] > 0)
+    policy, reference = make_model(), make_model()
+    policy.output.weight.data[7] *= 2
+    answers, expected = [], []
+    for prompt, ids in (([1, 5, 6], [7, 8, 2]), ([1, 9], [7])):
+        answers.append(records.Answer(records.Prompt("", False, prompt), ids, True))
+        tokens, sums = torch.tensor([prompt + ids]), []
+        for model in (policy, reference):
+            logprobs = model(tokens)[0].log_softmax(-1)
+            sums.append(sum(logprobs[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)))
+        expected.append(sums[0] - sums[1])
+    settings = train_rlhf.Settings(micro_batch=1)
+    kl = train_rlhf.log_ratios(policy, reference, answers, settings)
+    assert kl == pytest.approx(expected, abs=1e-4)
+
+
 # ----------------------------------------------------------------------------------------- old runs
 @pytest.mark.parametrize("name", STAGES)
 def test_a_finished_run_is_kept_until_overwrite_and_good_inputs(
@@ -241,7 +380,8 @@ def test_overwrite_deletes_the_files_of_another_kind_of_run(tmp_path, inputs, wh
     script.main(config)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     checkpoint = {"params.json", "context.json", "consolidated.00.pth", "tokenizer.model"}
-    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", ".lock"} | checkpoint
+    logs = {"config.json", "metrics.jsonl", "samples.jsonl", "rollout.json", "sources.json"}
+    assert names == logs | checkpoint | {".lock"}
 
 
 def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(tmp_path, inputs, expect_error):
@@ -321,7 +461,7 @@ def test_bfloat16_runs_repeat_exactly_and_differ_from_float32(tmp_path, inputs, 
     assert all(weight.dtype == torch.float32 for weight in state.values())
 
 
-def fixed_answers(model, prompts, *_):
+def fixed_answers(model, prompts, *_, **more):
     """In place of samples, because each process draws its own random numbers."""
     return [[5 + len(prompt) % 7, 9 + sum(prompt) % 5, 2] for prompt in prompts]
 
