@@ -39,7 +39,7 @@ from data.records import (
     user_message,
     write_records,
 )
-from llama2 import Dtype, Tokenizer, Transformer, encode_dialog, load, respond
+from llama2 import Dtype, Tokenizer, Transformer, encode_dialog, generate, load, respond
 
 
 @dataclass
@@ -114,6 +114,7 @@ def sample_dialogs(
     instructions,
     seed: int,
     config: Settings,
+    sampler=generate,
 ):
     """([[(question, answer), ...] per dialogue], number of answers that disobeyed).
 
@@ -133,9 +134,8 @@ def sample_dialogs(
                 turns = turns[1:]
                 prompt = instruct_every_message(text, turns, question)
             prompts.append(prompt)
-        answers = respond(
-            model, tok, prompts, config.max_new_tokens, config.temperature, derive_seed(seed, turn)
-        )
+        options = config.max_new_tokens, config.temperature, derive_seed(seed, turn)
+        answers = respond(model, tok, prompts, *options, sampler=sampler)
         for i, answer in zip(active, answers):
             _, its_instructions = instructions[i]
             if answer and obeys(answer, its_instructions):
@@ -191,7 +191,7 @@ def main(config: Settings):
 
     seed = derive_seed(config.seed, "ghost attention", rank)  # each process has its own part
     dialogs, disobeyed = sample_dialogs(
-        model, tok, local_part(questions), local_part(instructions), seed, config
+        model, tok, local_part(questions), local_part(instructions), seed, config, output.sampler
     )
     dialogs, disobeyed = all_gather(dialogs), sum(all_gather([disobeyed]))
     records = []

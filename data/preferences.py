@@ -36,7 +36,7 @@ from data.records import (
     to_prompt,
     write_records,
 )
-from llama2 import Dtype, Tokenizer, Transformer, load, respond
+from llama2 import Dtype, Tokenizer, Transformer, generate, load, respond
 
 
 @dataclass
@@ -75,7 +75,7 @@ def interpolate(chat: Transformer, other: Transformer, blend: float) -> Transfor
 
 
 def answer_all(
-    model: Transformer, tok: Tokenizer, prompts: list[Prompt], seed: int, config: Settings
+    model: Transformer, tok: Tokenizer, prompts: list[Prompt], seed: int, config: Settings, sampler
 ) -> list[str]:
     """One answer to each prompt, at a temperature drawn for the prompt."""
     rng = random.Random(seed)
@@ -84,19 +84,20 @@ def answer_all(
     for temperature in config.temperatures:
         indices = [i for i in range(len(prompts)) if temperatures[i] == temperature]
         dialogs = [prompt_to_messages(prompts[i].text) for i in indices]
-        answers = respond(model, tok, dialogs, config.max_new_tokens, temperature, seed)
+        options = config.max_new_tokens, temperature, seed
+        answers = respond(model, tok, dialogs, *options, sampler=sampler)
         for i, answer in zip(indices, answers):
             texts[i] = answer
     return texts
 
 
 def generate_pairs(
-    variants, tok: Tokenizer, prompts, seed: int, config: Settings
+    variants, tok: Tokenizer, prompts, seed: int, config: Settings, sampler=generate
 ) -> list[list[str]]:
     """[[answer a, answer b], ...], one from each variant, in random order."""
     rng = random.Random(seed)
-    first = answer_all(variants[0], tok, prompts, derive_seed(seed, "first"), config)
-    second = answer_all(variants[1], tok, prompts, derive_seed(seed, "second"), config)
+    first = answer_all(variants[0], tok, prompts, derive_seed(seed, "first"), config, sampler)
+    second = answer_all(variants[1], tok, prompts, derive_seed(seed, "second"), config, sampler)
     return [rng.sample(both, 2) for both in zip(first, second)]
 
 
@@ -213,15 +214,18 @@ def label_by_person(pairs_path: Path, config: Settings):
 
 
 # -------------------------------------------------------------------------------------------- main
-def make_pairs(config: Settings, device, rank: int) -> list[dict]:
-    """Two answers to each prompt, compared by Tinytown's annotator or not compared yet."""
+def make_pairs(config: Settings, device, rank: int, sampler=generate) -> list[dict]:
+    """Two answers to each prompt, compared by Tinytown's annotator or not compared yet.
+
+    sampler: llama2.generate or a function like it.
+    """
     variants, tok = load_variants(config, device)
     context = min(variant.args.max_seq_len for variant in variants)
     prompts, records = zip(*read_prompts(config, tok, context))
     seed = derive_seed(config.seed, "pairs", rank)
     mine = local_part(prompts)
     mine = answer_again(variants[0], tok, mine, config.max_new_tokens, 1.0, seed, context)
-    answers = all_gather(generate_pairs(variants, tok, mine, seed, config))
+    answers = all_gather(generate_pairs(variants, tok, mine, seed, config, sampler))
     # train_rm.py leaves out pairs with an empty answer, so no person should have to compare them.
     may_be_empty = config.annotator == "tinytown"
     pairs = []
@@ -255,7 +259,7 @@ def main(config: Settings):
     if output.exists:
         print0(f"{path} exists already")
     else:
-        records = make_pairs(config, device, rank)
+        records = make_pairs(config, device, rank, output.sampler)
         if is_main():
             if person and Path(config.out).exists():
                 # --overwrite: labels of the old answers do not belong to the new ones.

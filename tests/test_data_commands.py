@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import llama2
 from conftest import EXACT, dialog, make_model, write_jsonl
 from data import ghost_attention, preferences, records
 from evaluate.reward_models import user_texts
@@ -27,7 +28,7 @@ def read(path):
 def test_both_models_answer_at_all_temperatures_and_in_either_order(monkeypatch):
     calls = []
 
-    def respond(model, tok, dialogs, max_new_tokens, temperature, seed):
+    def respond(model, tok, dialogs, max_new_tokens, temperature, seed, sampler):
         calls.append((model, max_new_tokens))
         return [f"{model} {temperature} {d[0]['content']}" for d in dialogs]
 
@@ -75,7 +76,7 @@ def test_tinytown_annotator_labels_each_prompt_once(tmp_path, inputs, monkeypatc
 def test_both_variants_and_all_processes_sample_with_seeds_of_their_own(inputs, monkeypatch):
     seeds = []
 
-    def answer_all(model, tok, prompts, seed, config):
+    def answer_all(model, tok, prompts, seed, config, sampler):
         seeds.append(seed)
         return [f"{seed} {i}" for i in range(len(prompts))]
 
@@ -84,6 +85,30 @@ def test_both_variants_and_all_processes_sample_with_seeds_of_their_own(inputs, 
         preferences.make_pairs(preference_settings(inputs, "", seed=seed), "cpu", rank)
     assert len(set(seeds[:6])) == 6
     assert seeds[6:] == seeds[:2]
+
+
+def test_pairs_that_were_interrupted_continue_and_give_the_same_file(tmp_path, inputs, monkeypatch):
+    whole, part = (preference_settings(inputs, tmp_path / f"{name}.jsonl") for name in "ab")
+    batches, limit, decode = [], 1000, llama2.decode
+    monkeypatch.setattr(llama2, "max_batch_size", lambda *_: 4)
+
+    def counted(*args):
+        if len(batches) == limit:
+            raise KeyboardInterrupt
+        batches.append(1)
+        return decode(*args)
+
+    monkeypatch.setattr(llama2, "decode", counted)
+    preferences.main(whole)
+    needed, limit = len(batches), len(batches) * 2 - 2
+    with pytest.raises(KeyboardInterrupt):
+        preferences.main(part)
+    assert list(tmp_path.glob("*sampled*"))
+    batches, limit = [], 1000
+    preferences.main(part)
+    assert len(batches) < needed
+    assert Path(part.out).read_bytes() == Path(whole.out).read_bytes()
+    assert not list(tmp_path.glob("*sampled*"))
 
 
 def test_own_answers_leave_room_for_the_variant_with_the_smaller_context(tmp_path, tok, base):
@@ -241,7 +266,7 @@ def test_ghost_attention_command_writes_training_dialogues(tmp_path, base, monke
     with pytest.raises(ValueError, match="no answer of .* obeys .* train_sft.py --no-pack --init"):
         ghost_attention.main(config)
 
-    def obey(model, tok, dialogs, *_):
+    def obey(model, tok, dialogs, *_, sampler):
         return ["The fox says: yes."] * len(dialogs)
 
     monkeypatch.setattr(ghost_attention, "respond", obey)
