@@ -146,11 +146,12 @@ def evaluate_answers(config: Settings, device) -> dict:
         print(table(rows))
         counts = {row: len(prompts) for row in describe(greedy)}
     shown = defaultdict(int)
-    for prompt, text in zip(prompts, greedy):
+    for prompt, messages, text in zip(prompts, dialogs, greedy):
         topic = prompt.get("topic")
         shown[topic] += 1
         if shown[topic] <= config.show:
-            print(f"  {prompt['prompt']}\n      {text}")
+            behind = f" (behind {len(messages) - 1} messages)" if len(messages) > 1 else ""
+            print(f"  {messages[-1]['content']}{behind}\n      {text}")
     return columns | {"n": counts}
 
 

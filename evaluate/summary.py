@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.run import run_script
 from common.tables import table
+from evaluate.answers import TURNS
 from llama2 import load_json
 
 VERSIONS = ("sft", "v1", "v2", "v3", "v4", "v5")
@@ -28,13 +29,13 @@ class Settings:
 
 
 # fmt: off
-# (stage, measure) -> expected: mean and standard deviation over seeds, in percent
+# (stage, measure) -> [(mean, standard deviation) over seeds of each number], in percent
 EXPECTED = {}
 # fmt: on
 
 
-def results_of(folder: Path) -> dict[tuple[str, str], float]:
-    """{(stage, measure): fraction} of one run. Raises ValueError if a file is not there."""
+def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
+    """{(stage, measure): fractions} of one run. Raises ValueError if a file is not there."""
 
     def read(name: str) -> dict:
         path = folder / f"results/{name}.json"
@@ -42,73 +43,80 @@ def results_of(folder: Path) -> dict[tuple[str, str], float]:
             raise ValueError(f"{path} not found: is {folder} a finished run of paper.sh?")
         return load_json(path)
 
-    results = {}
-    results["pretraining (§2.1)", "facts recalled"] = read("recall")["pretrain"]
-    sft = read("sft")["sft"]
-    for row in ("facts right", "sums right", "stories right"):
-        results["fine-tuning (§3.1), greedy", row] = sft[row]
-
-    pairs = read("reward-models")
-    for kind in ("helpfulness", "safety"):
-        accuracy = pairs[f"{kind} pairs, {kind}"]["significantly"]
-        results["reward models of V1 (§3.2.2)", f"{kind}: significantly better first"] = accuracy
+    sft, pairs, board = read("sft")["sft"], read("reward-models"), read("scoreboard")
     facts = read("knowledge")["pairs"]["never asked"]["fact"]
-    measure = "only the value of a fact differs: the right one first"
-    results["reward models of V1 (§3.2.2)", measure] = facts["v1/helpfulness"][0]
+    obeyed = read("obedience")["gatt"]["trained instructions"]["obey"]
+    conversations = read("conversations")
 
-    board = read("scoreboard")
-    direct = board["direct"]
-    stage = "rejection sampling (§3.2.3)"
-    for before, after in zip(VERSIONS, VERSIONS[1:]):
-        if after == "v5":
-            stage = "PPO (§3.2.3)"
-        pair = f"{after} - {before}"
-        measure = f"{after.upper()} wins against {before.upper()}"
-        results[stage, measure] = direct["chat"][pair]["wins"]
-        results[stage, f"{measure}, greedy"] = direct["greedy"][pair]["wins"]
-    measure = "V5 wins against rejection sampling with as many samples"
-    results[stage, measure] = direct["chat"]["v5 - v5-rejection"]["wins"]
-    results[stage, f"{measure}, greedy"] = direct["greedy"]["v5 - v5-rejection"]["wins"]
-    stage = "all of RLHF"
-    results[stage, "V5 wins against SFT"] = direct["chat"]["v5 - sft"]["wins"]
-    results[stage, "V5 wins against SFT at T=0.3"] = direct["chat"]["v5 - sft at T=0.3"]["wins"]
-    results[stage, "V5 wins against SFT, greedy"] = direct["greedy"]["v5 - sft"]["wins"]
-    for version in VERSIONS:
-        measure = f"{version.upper()} helps with a crime"
-        results[stage, measure] = board["chat"][version]["violations"]
-    refusals = [board["chat"][version]["false refusals"] for version in VERSIONS]
-    results[stage, "harmless tasks refused, at most"] = max(refusals)
+    def wins(mode: str, *names: str) -> list[float]:
+        return [board["direct"][mode][name]["wins"] for name in names]
 
-    stage, obeyed = "Ghost Attention (§3.3)", read("obedience")["gatt"]["trained instructions"]
-    for turn, fraction in zip((1, 2, 4, 6, 10, 20), obeyed["obey"]):
-        if turn in (2, 6, 10, 20):
-            results[stage, f"an instruction is obeyed at turn {turn}"] = fraction
-    stage = "conversations of 8 turns, greedy"
-    for name, groups in read("conversations").items():
-        for group in ("asked", "never asked"):
-            correct = groups[group]["correct"]
-            results[stage, f"{name}, {group}: right at turn 1"] = correct[0]
-            results[stage, f"{name}, {group}: right at turn 8"] = correct[-1]
-        in_role = groups["never asked"]["in role, all turns"]
-        results[stage, f"{name}, never asked: in a role that nobody asked for"] = in_role
-    return results
+    def rates(metric: str) -> list[float]:
+        return [board["chat"][version][metric] for version in VERSIONS]
+
+    def first_and_last(name: str, group: str) -> list[float]:
+        correct = conversations[name][group]["correct"]
+        return [correct[0], correct[-1]]
+
+    chat, greedy = "chat", "greedy"
+    rounds = [f"{after} - {before}" for before, after in zip(VERSIONS, VERSIONS[1:])]
+    control, all_rlhf = "v5 - v5-rejection", "v5 - sft"
+    significantly = []
+    for kind in ("helpfulness", "safety"):
+        significantly.append(pairs[f"{kind} pairs, {kind}"]["significantly"])
+    in_role = [conversations[name]["never asked"]["in role, all turns"] for name in ("v5", "gatt")]
+    # fmt: off
+    return {
+        ("pretraining (§2.1)", "facts recalled"): [read("recall")["pretrain"]],
+        ("fine-tuning (§3.1), greedy", "facts, sums, stories right"): [
+            sft["facts right"], sft["sums right"], sft["stories right"]],
+        ("reward models of V1 (§3.2.2), never-asked contents",
+         "significantly better pairs in order: helpfulness, safety"): significantly,
+        ("", "only the value of a fact differs: the right one scores higher"): [
+            facts["v1/helpfulness"][0]],
+        ("rejection sampling (§3.2.3)", "V1 to V4 win, each against the one before"): wins(
+            chat, *rounds[:4]),
+        ("", "the same, greedy"): wins(greedy, *rounds[:4]),
+        ("PPO (§3.2.3)", "V5 wins against V4; greedy"): [
+            *wins(chat, rounds[4]), *wins(greedy, rounds[4])],
+        ("", "V5 wins against rejection sampling with as many samples; greedy"): [
+            *wins(chat, control), *wins(greedy, control)],
+        ("all of RLHF", "V5 wins against SFT; SFT at T=0.3; greedy"): [
+            *wins(chat, all_rlhf, f"{all_rlhf} at T=0.3"), *wins(greedy, all_rlhf)],
+        ("", "helps with a crime: SFT, V1 to V5"): rates("violations"),
+        ("", "refuses a harmless task: the worst version"): [max(rates("false refusals"))],
+        ("Ghost Attention (§3.3)", "obeys the first message at turns 2, 6, 10, 20"): [
+            obeyed[TURNS.index(turn)] for turn in (2, 6, 10, 20)],
+        ("conversations, greedy", "V5 right at turns 1 and 8, asked in training"): first_and_last(
+            "v5", "asked"),
+        ("", "V5, never asked"): first_and_last("v5", "never asked"),
+        ("", "the model of Ghost Attention, asked in training"): first_and_last("gatt", "asked"),
+        ("", "the model of Ghost Attention, never asked"): first_and_last("gatt", "never asked"),
+        ("", "in a role that nobody asked for: V5, Ghost Attention"): in_role,
+    }
+    # fmt: on
+
+
+def cell(numbers: list[tuple[float, ...]]) -> str:
+    """[(mean,) or (mean, deviation), ...] in percent, as "66 ± 3, 60 ± 2"."""
+    return ", ".join(" ± ".join(f"{x:.0f}" for x in number) for number in numbers)
 
 
 def main(config: Settings) -> dict:
-    """Print the table; returns {(stage, measure): [fraction in each run]}."""
+    """Print the table; returns {(stage, measure): [(mean, deviation) in percent, ...]}."""
     runs = [results_of(Path(folder)) for folder in config.folders]
-    collected = {key: [run[key] for run in runs] for key in runs[0]}
-    rows = [["stage", "measure, in percent", "expected", "this run" if len(runs) == 1 else "mean"]]
-    before = ""
-    for (stage, measure), values in collected.items():
-        percent = [100 * value for value in values]
-        cell = f"{statistics.mean(percent):.1f}"
-        if len(percent) > 1:
-            cell += f" ± {statistics.stdev(percent):.1f}"
-        expected = EXPECTED.get((stage, measure))
-        shown = "{} ± {}".format(*expected) if expected else "-"
-        rows.append([stage if stage != before else "", measure, shown, cell])
-        before = stage
+    rows, collected = [["stage", "measure, in percent", "expected", "this run"]], {}
+    if len(runs) > 1:
+        rows[0][-1] = f"{len(runs)} runs"
+    for key in runs[0]:
+        numbers = []
+        for values in zip(*(run[key] for run in runs)):
+            percent = [100 * value for value in values]
+            deviation = (statistics.stdev(percent),) if len(percent) > 1 else ()
+            numbers.append((statistics.mean(percent), *deviation))
+        collected[key] = numbers
+        stage, measure = key
+        rows.append([stage, measure, cell(EXPECTED.get(key, [])) or "-", cell(numbers)])
     print(table(rows, config.markdown))
     return collected
 
