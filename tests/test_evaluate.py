@@ -452,7 +452,7 @@ def test_every_examination_of_paper_sh_writes_the_json_that_bench_reads(tmp_path
     paper = (ROOT / "paper.sh").read_text()
     names = re.findall(r"^ *examine (\S+) evaluate\.", paper, re.M)
     assert sorted(names) == (
-        "conversations gatt knowledge obedience ppo recall reward-models scoreboard sft".split()
+        "conversations gatt knowledge obedience ppo quick recall reward-models scoreboard sft".split()
     )
     assert len(names) == len(re.findall(r"^ *examine ", paper, re.M))
     for path in (ROOT / "bench").glob("*.py"):
