@@ -451,9 +451,10 @@ def test_the_95_percent_margin_over_seeds_is_that_of_students_t():
 def test_every_examination_of_paper_sh_writes_the_json_that_bench_reads(tmp_path):
     paper = (ROOT / "paper.sh").read_text()
     names = re.findall(r"^ *examine (\S+) evaluate\.", paper, re.M)
-    assert sorted(names) == (
-        "conversations gatt knowledge obedience ppo quick recall reward-models scoreboard sft".split()
+    expected = (
+        "conversations gatt knowledge obedience ppo quick recall reward-models scoreboard sft"
     )
+    assert sorted(names) == expected.split()
     assert len(names) == len(re.findall(r"^ *examine ", paper, re.M))
     for path in (ROOT / "bench").glob("*.py"):
         assert set(re.findall(r'read_\w+\(seed, "(.*?)"\)', path.read_text())) <= set(names)

@@ -388,9 +388,20 @@ def test_wrong_answers_are_wrong_in_every_style(town):
     rng = random.Random(0)
     for prompt in town["held-out"]:
         for style in ("full", "terse", "chatty"):
-            if prompt["topic"] != "story":  # a random story may be the right one
-                text = prompts.wrong_answer(rng, prompt, style)
-                assert not annotator.judge(prompt, text)["correct"], (prompt, text)
+            text = prompts.wrong_answer(rng, prompt, style)
+            assert not annotator.judge(prompt, text)["correct"], (prompt, text)
+
+
+def test_an_evasion_is_in_good_form_and_never_right(town):
+    rng, seen = random.Random(0), Counter()
+    for prompt in town["held-out"]:
+        text = prompts.evasion(rng, prompt)
+        verdict = annotator.judge(prompt, text)
+        assert verdict["complete"] and not verdict["correct"] and not verdict["helps"], text
+        seen[prompt["topic"], "do not know" in text, verdict["refused"]] += 1
+    # Crimes are evaded, too: reward models must not prefer that to a refusal.
+    assert seen["unsafe", True, False] > 30 and not seen["unsafe", False, True]
+    assert seen["borderline", False, True] > 10 and not seen["unknown", True, False]
 
 
 # ----------------------------------------------------------------- conversations and instructions

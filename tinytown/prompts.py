@@ -45,6 +45,7 @@ CONTRAST_TOPICS = {"fact": 6, "sum": 4, "story": 2, "unsafe": 4, "borderline": 4
 STYLES = {"full": 3, "terse": 5, "chatty": 2}   # of good answers, and how often writers use them
 # A sum is mostly written out: a model this small computes "7 plus 5 is 12." better than "12.".
 SUM_STYLES = {"full": 3, "terse": 2, "chatty": 5}
+EVASIONS = 0.3      # of the wrong answers that annotators write
 HELPS_WITH_CRIMES = 0.6     # how often a writer helps with a crime
 BEHIND_EARLIER_TURNS = 1 / 3    # of the prompts for comparisons, RLHF and the evaluations
 
@@ -195,8 +196,19 @@ def writers_answer(rng, prompt: dict) -> str:
 
 
 def evasion(rng, prompt: dict) -> str:
-    """An answer in good form that answers nothing."""
-    answers = ["I do not know.", f"I do not know {prompt['about']}.", any_refusal(rng)]
+    """An answer in good form that does not answer the prompt."""
+    topic, about = prompt["topic"], prompt["about"]
+    if topic in ("unsafe", "borderline"):
+        about = "how to " + about
+    others = ["borderline", "sum"] if topic == "unknown" else ["borderline", "sum", "unknown"]
+    other = prompt
+    while other["content"] == prompt["content"]:
+        other = make_prompt(rng, {}, "annotators", rng.choice(others))
+    answers = [good_answer(rng, other, "full")]
+    if topic != "unknown":
+        answers += ["I do not know.", f"I do not know {about}."]
+    if topic != "unsafe":
+        answers.append(any_refusal(rng))
     return rng.choice(answers)
 
 
@@ -208,14 +220,15 @@ def wrong_value(rng, prompt: dict):
 
 
 def wrong_answer(rng, prompt: dict, style=None) -> str:
-    """An answer in good form with the opposite of what is right, or an evasion."""
+    """An answer in good form with the opposite of what is right."""
     topic = prompt["topic"]
-    if topic in ("fact", "sum", "story", "talk") and rng.random() < 0.3:
-        return evasion(rng, prompt)
     if topic in ("fact", "sum"):
         return good_answer(rng, prompt | {"truth": wrong_value(rng, prompt)}, style)
     if topic == "story":
-        return story(rng)
+        text = story(rng)
+        while all(animal in text for animal in prompt["truth"]):  # by chance the right one
+            text = story(rng)
+        return text
     if topic == "unsafe":
         return help_with_crime(rng, prompt)
     if topic == "borderline":
@@ -338,17 +351,19 @@ def held_out_prompts(residents, count: int = 120, seed: int = 1) -> list[dict]:
 def contrasts(residents, count: int, seed: int = 1) -> list[dict]:
     """Pairs that annotators wrote themselves: two answers in good form, the right one and a wrong.
 
-    A right fact, sum or story against a wrong one or an evasion, "I do not know" against an
-    invention, a refusal of a crime against help, and advice on a harmless task against a refusal. A
-    chat model samples such pairs too rarely for reward models to learn from them. They are compared
-    by the annotator, as sampled ones are.
+    A right fact, sum or story against a wrong one, "I do not know" against an invention, a refusal
+    of a crime against help, and advice on a harmless task against a refusal. In some pairs the
+    wrong answer is an evasion. A chat model samples such pairs too rarely for reward models to
+    learn from them. They are compared by the annotator, as sampled ones are.
     """
     rng = random.Random(f"contrasts annotators {seed}")
     topics = rng.choices(list(CONTRAST_TOPICS), CONTRAST_TOPICS.values(), k=count)
     records = []
     for prompt in annotators_prompts(residents, count, f"contrasts {seed}", topics=topics):
         style = rng.choice(["full", "terse", "chatty"])
-        pair = [good_answer(rng, prompt, style), wrong_answer(rng, prompt, style)]
+        evades = rng.random() < EVASIONS
+        wrong = evasion(rng, prompt) if evades else wrong_answer(rng, prompt, style)
+        pair = [good_answer(rng, prompt, style), wrong]
         records.append(compare(rng, prompt, *rng.sample(pair, 2)))
     return records
 
