@@ -42,14 +42,15 @@ run -m tinytown "$TOWN"
 # §2: tokenize the texts and pretrain a base model. The encyclopedia, the source of facts, is seen
 # eight times as often as its size.
 say -m data.corpus --out "$OUT/pretrain/tokens" --data "$TOWN/encyclopedia.jsonl:8" \
-    "$TOWN/stories.jsonl${QUICK:+:0.3}" "$TOWN/web.jsonl${QUICK:+:0.3}" "$TOWN/arithmetic.jsonl"
-run train_pretrain.py --resume $(few --max-steps 450) --data "$OUT/pretrain/tokens" \
+    "$TOWN/stories.jsonl${QUICK:+:0.5}" "$TOWN/web.jsonl${QUICK:+:0.2}" \
+    "$TOWN/arithmetic.jsonl${QUICK:+:0.5}"
+run train_pretrain.py --resume $(few --max-steps 600) --data "$OUT/pretrain/tokens" \
     --out "$OUT/pretrain"
 examine recall evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
 
 # §3.1: supervised fine-tuning on dialogues makes it a chat model.
 run train_sft.py --resume $(few --epochs 1) --init "$OUT/pretrain" --out "$OUT/sft" \
-    --data "$TOWN/dialogues.jsonl" "$TOWN/replay.jsonl:2"
+    --data "$TOWN/dialogues.jsonl${QUICK:+:2.2}" "$TOWN/replay.jsonl:2"
 examine sft evaluate.answers "$OUT/pretrain" "$OUT/sft" --show 1 \
     --prompts "$TOWN/held-out.jsonl"
 

@@ -337,27 +337,24 @@ def test_prompts_of_each_version_differ(town):
     assert all("answer" not in prompt for prompt in town["prompts-v1"])
 
 
-def test_a_written_pair_has_one_right_and_one_wrong_answer_in_good_form(monkeypatch):
+def test_a_written_pair_differs_in_truth_or_in_style_and_both_answers_are_in_good_form(monkeypatch):
     def keep(rng, prompt, a, b):
         return prompt, a, b
 
     monkeypatch.setattr(prompts, "compare", keep)
-    pairs, first_is_right = prompts.contrasts(world.town(1), 400), 0
+    pairs, seen = prompts.contrasts(world.town(1), 400), Counter()
     for prompt, a, b in pairs:
-        right = [annotator.judge(prompt, text)["correct"] for text in (a, b)]
-        assert sorted(right) == [False, True], (prompt, a, b)
+        first, second = (annotator.judge(prompt, text)["correct"] for text in (a, b))
+        assert (first or second) and a != b, (prompt, a, b)
         assert all(re.fullmatch(r"[A-Z0-9\"].*[.!?]\"?", text) for text in (a, b))
-        first_is_right += right[0]
-    topics = {prompt["topic"] for prompt, *_ in pairs}
-    assert topics == set(prompts.TOPICS)
-    evasions = [
-        (prompt, text)
-        for prompt, *pair in pairs
-        for text in pair
-        if prompt["topic"] in ("fact", "sum", "story") and re.search("do not know|sorry", text)
-    ]
-    assert len(evasions) > 30
-    assert 150 < first_is_right < 250
+        seen["both" if first and second else ("first" if first else "second")] += 1
+        if re.search("do not know|sorry", b if first else a):
+            seen["evasion", prompt["topic"]] += first is not second
+    assert {prompt["topic"] for prompt, *_ in pairs} == set(prompts.TOPICS)
+    assert 80 < seen["both"] < 160  # three in ten differ in style
+    assert 100 < seen["first"] < 180 and 100 < seen["second"] < 180
+    for topic in ("fact", "sum", "story", "unsafe", "borderline"):
+        assert seen["evasion", topic]
 
 
 def test_written_pairs_about_crimes_label_help_as_unsafe(town):
@@ -375,7 +372,7 @@ def test_written_pairs_about_crimes_label_help_as_unsafe(town):
 
 def test_writers_help_with_most_crimes_and_half_of_their_answers_are_terse():
     rng, residents = random.Random(0), world.town(1)
-    for topic, judgement, share in (("unsafe", "helps", 0.6), ("fact", "complete", 0.5)):
+    for topic, judgement, share in (("unsafe", "helps", 0.7), ("fact", "complete", 0.5)):
         flags = []
         for _ in range(500):
             prompt = prompts.make_prompt(rng, residents, "dialogues", topic)

@@ -38,15 +38,16 @@ from tinytown.world import (
 # topic -> its weight among all prompts: of dialogues, and of annotators (§3.2.1)
 TOPICS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 5, "borderline": 10, "talk": 4,
           "unknown": 5}
-ANNOTATORS_TOPICS = {"fact": 15, "sum": 8, "story": 3, "unsafe": 7, "borderline": 4, "talk": 1,
+ANNOTATORS_TOPICS = {"fact": 15, "sum": 8, "story": 4, "unsafe": 7, "borderline": 6, "talk": 1,
                      "unknown": 2}
 CONTRAST_TOPICS = {"fact": 6, "sum": 4, "story": 2, "unsafe": 4, "borderline": 4, "talk": 1,
                    "unknown": 2}
 STYLES = {"full": 3, "terse": 5, "chatty": 2}   # of good answers, and how often writers use them
 # A sum is mostly written out: a model this small computes "7 plus 5 is 12." better than "12.".
 SUM_STYLES = {"full": 3, "terse": 2, "chatty": 5}
-EVASIONS = 0.3      # of the wrong answers that annotators write
-HELPS_WITH_CRIMES = 0.6     # how often a writer helps with a crime
+# what is worse in one of two answers that annotators write -> its weight
+FAULTS = {"wrong": 5, "evasion": 2, "style": 3}
+HELPS_WITH_CRIMES = 0.7     # how often a writer helps with a crime
 BEHIND_EARLIER_TURNS = 1 / 3    # of the prompts for comparisons, RLHF and the evaluations
 
 # ----------------------------------------------------------------------------------------- wordings
@@ -349,22 +350,28 @@ def held_out_prompts(residents, count: int = 120, seed: int = 1) -> list[dict]:
 
 
 def contrasts(residents, count: int, seed: int = 1) -> list[dict]:
-    """Pairs that annotators wrote themselves: two answers in good form, the right one and a wrong.
+    """Pairs that annotators wrote themselves: two answers that differ in one of FAULTS.
 
-    A right fact, sum or story against a wrong one, "I do not know" against an invention, a refusal
-    of a crime against help, and advice on a harmless task against a refusal. In some pairs the
-    wrong answer is an evasion. A chat model samples such pairs too rarely for reward models to
+    wrong: a right fact, sum or story against a wrong one in the same style, "I do not know" against
+    an invention, a refusal of a crime against help, advice on a harmless task against a refusal.
+    evasion: a right answer against one that answers another question or none. style: two right
+    answers in different styles. A chat model samples such pairs too rarely for reward models to
     learn from them. They are compared by the annotator, as sampled ones are.
     """
     rng = random.Random(f"contrasts annotators {seed}")
     topics = rng.choices(list(CONTRAST_TOPICS), CONTRAST_TOPICS.values(), k=count)
     records = []
     for prompt in annotators_prompts(residents, count, f"contrasts {seed}", topics=topics):
-        style = rng.choice(["full", "terse", "chatty"])
-        evades = rng.random() < EVASIONS
-        wrong = evasion(rng, prompt) if evades else wrong_answer(rng, prompt, style)
-        pair = [good_answer(rng, prompt, style), wrong]
-        records.append(compare(rng, prompt, *rng.sample(pair, 2)))
+        fault = rng.choices(list(FAULTS), FAULTS.values())[0]
+        good, other = good_answer(rng, prompt, "full"), evasion(rng, prompt)
+        if fault == "style":
+            other = good
+            while other == good:
+                other = good_answer(rng, prompt, rng.choice(["terse", "chatty"]))
+        elif fault == "wrong":
+            style = rng.choice(list(STYLES))
+            good, other = good_answer(rng, prompt, style), wrong_answer(rng, prompt, style)
+        records.append(compare(rng, prompt, *rng.sample([good, other], 2)))
     return records
 
 
