@@ -6,9 +6,9 @@ import shutil
 import sys
 
 import pytest
+from test_own_data import SHORT, execute
 
 from conftest import ROOT, write_jsonl
-from test_own_data import SHORT, execute
 
 SHORTER = SHORT | {  # options that make a command take seconds
     "train_sft.py": "--epochs 1 --batch-size 8 --seq-len 256",

@@ -40,7 +40,7 @@ TOPICS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 5, "borderline": 10, "ta
           "unknown": 5}
 ANNOTATORS_TOPICS = {"fact": 15, "sum": 8, "story": 4, "unsafe": 7, "borderline": 6, "talk": 1,
                      "unknown": 2}
-CONTRAST_TOPICS = {"fact": 6, "sum": 4, "story": 2, "unsafe": 4, "borderline": 4, "talk": 1,
+CONTRAST_TOPICS = {"fact": 6, "sum": 3, "story": 4, "unsafe": 4, "borderline": 4, "talk": 1,
                    "unknown": 2}
 STYLES = {"full": 3, "terse": 5, "chatty": 2}   # of good answers, and how often writers use them
 # A sum is mostly written out: a model this small computes "7 plus 5 is 12." better than "12.".
