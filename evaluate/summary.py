@@ -117,6 +117,13 @@ def main(config: Settings) -> dict:
         collected[key] = numbers
         stage, measure = key
         rows.append([stage, measure, cell(EXPECTED.get(key, [])) or "-", cell(numbers)])
+    if (
+        not config.markdown
+    ):  # one column of names, because a table aligns only the first to the left
+        rows = [
+            [f"{stage + ': ' if stage else '    '}{measure}", *rest]
+            for stage, measure, *rest in rows
+        ]
     print(table(rows, config.markdown))
     return collected
 
