@@ -1183,7 +1183,7 @@ def test_sampling_has_the_instruction_in_all_messages_and_training_in_the_first(
 def test_answers_that_disobey_the_instruction_are_dropped_and_counted(tok, monkeypatch):
     sampled = []
 
-    def respond(model, tok, dialogs, *_):
+    def respond(model, tok, dialogs, *_, sampler):
         """Obeys, except in the second turn."""
         sampled.append([[m["content"] for m in messages] for messages in dialogs])
         obeys = len(sampled) != 2
