@@ -2,7 +2,7 @@
 # The whole paper at laptop size, in the order of Figure 4.
 #
 #     make                                    the same, in a virtual environment
-#     make quick, or QUICK=1 bash paper.sh    in five minutes, to out/quick: fewer texts and steps, V1 by
+#     make quick, or QUICK=1 bash paper.sh    in minutes, to out/quick: fewer texts and steps, V1 by
 #                                             rejection sampling, V2 by PPO, no Ghost Attention
 #     OUT=out/seed2 SEED=2 bash paper.sh      another town, other initial weights, other samples
 #
@@ -60,9 +60,9 @@ examine sft evaluate.answers "$OUT/pretrain" "$OUT/sft" --show 1 \
 chat=$OUT/sft other=$OUT/pretrain
 blend=0.7       # before V1: the other model's weights are 70% of the way from --other to --chat
 helpfulness=$OUT/sft safety=$OUT/sft rm_lr=5e-4
-contrasts=$TOWN/contrasts.jsonl${QUICK:+:0.5}   # pairs that annotators wrote; later rounds see a third of them
-replay=() earlier=() last=${QUICK:+2}
-last=${last:-5}
+contrasts=$TOWN/contrasts.jsonl${QUICK:+:0.5}   # pairs of annotators; later rounds see 30% of them
+replay=() earlier=() last=5     # the round that uses PPO
+if [ "$QUICK" ]; then last=2; fi
 a_round() {
     v=$1 seed=$((100 * SEED + $1))      # each round has random numbers of its own
     run -m data.preferences --chat "$chat" --other "$other" --blend $blend \

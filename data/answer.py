@@ -13,7 +13,7 @@ from common.run import Output, checkpoint_files, run_script
 from common.settings import check_settings
 from common.training import all_gather, derive_seed, is_main, local_part, print0, setup
 from data.records import answer_again, data_paths, read_prompts, write_records
-from llama2 import Dtype, Transformer, generate, load, text_after
+from llama2 import Dtype, Transformer, load, text_after
 
 
 @dataclass
@@ -53,7 +53,7 @@ def main(config: Settings):
     seed, limit = derive_seed(config.seed, "answers", rank), config.max_new_tokens
     mine = answer_again(model, tok, local_part(prompts), limit, config.temperature, seed)
     encoded = [prompt.tokens for prompt in mine]
-    outs = generate(model, encoded, limit, config.temperature, config.top_p, seed, tok.eos_id)
+    outs = output.sampler(model, encoded, limit, config.temperature, config.top_p, seed, tok.eos_id)
     answers = []
     for prompt, ids in zip(mine, outs):
         record = {"prompt": prompt.text, "answer": text_after(tok, prompt.tokens, ids)}

@@ -27,8 +27,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from common.run import load_fitting, run_script
 from common.settings import check_settings
 from common.tables import table
@@ -46,7 +44,6 @@ from llama2 import (
     Dtype,
     Tokenizer,
     Transformer,
-    by_length,
     load,
     score_sequences,
     text_after,
@@ -57,10 +54,9 @@ from tinytown.prompts import TOPICS
 from train_rlhf import (
     SAFETY_GATE,
     RewardModels,
-    answer_logprobs,
     generate_answers,
     load_reward_models,
-    make_rollout,
+    log_ratios,
 )
 
 
@@ -92,21 +88,6 @@ class ModelAnswers:
     answers: list  # train_rlhf's Answer, with prompt and tokens
     texts: list[str]
     scores: dict  # {"helpfulness": [one score per answer], ...}
-
-
-@torch.no_grad()
-def mean_kl(model: Transformer, reference: Transformer, answers, temperature: float) -> float:
-    """KL(model || reference) in nats per answer, estimated on answers sampled from the model.
-
-    This is the k1 estimate: the mean over answers of log p_model - log p_reference.
-    """
-    rollout, total = make_rollout(answers, model.output.weight.device), 0.0
-    for indices in by_length(range(len(answers)), rollout.sequences, 64):
-        part = rollout.select(indices)
-        logprobs = answer_logprobs(model, part, temperature)  # (B, R)
-        reference_logprobs = answer_logprobs(reference, part, temperature)  # (B, R)
-        total += ((logprobs - reference_logprobs) * part.response_mask).sum().item()
-    return total / len(answers)
 
 
 def truth_metrics(prompts: list[dict], own: ModelAnswers) -> dict:
@@ -347,7 +328,10 @@ def main(config: Settings) -> dict:
                 row |= truth_metrics(prompts, own) | below_gate(prompts, own)
                 row |= annotators_wins(prompts, own, other, config.seed)
             if mode == "sampled":  # the KL is an expectation over samples, not over greedy answers
-                row["kl"] = mean_kl(model, models[against], own.answers, config.temperature)
+                # The k1 estimate: the mean of log p - log p of --against.
+                pair = model, models[against]
+                ratios = log_ratios(*pair, own.answers, config.temperature, 64)
+                row["kl"] = sum(ratios) / len(ratios)
                 row["scores"] = {
                     kind: [round(score, 2) for score in scores]
                     for kind, scores in own.scores.items()

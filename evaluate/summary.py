@@ -1,11 +1,9 @@
 """The README's table of results, of one run of paper.sh or of several seeds.
 
-    python -m evaluate.summary out                          beside the expected results
+    python -m evaluate.summary out                          one run
     python -m evaluate.summary out out/seed2 out/seed3      mean and standard deviation over seeds
 
-It reads what paper.sh wrote to OUT/results. A result in the table is a percentage. "expected" is
-the mean and the standard deviation over the seeds of docs/RESULTS.md: a run of yours may well be
-two standard deviations away.
+It reads what paper.sh wrote to OUT/results. A result in the table is a percentage.
 """
 
 import statistics
@@ -26,12 +24,6 @@ class Settings:
     markdown: bool = False  # print the table in Markdown
 
     POSITIONAL = "folders"  # given without --folders
-
-
-# fmt: off
-# (stage, measure) -> [(mean, standard deviation) over seeds of each number], in percent
-EXPECTED = {}
-# fmt: on
 
 
 def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
@@ -58,7 +50,6 @@ def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
         correct = conversations[name][group]["correct"]
         return [correct[0], correct[-1]]
 
-    chat, greedy = "chat", "greedy"
     rounds = [f"{after} - {before}" for before, after in zip(VERSIONS, VERSIONS[1:])]
     control, all_rlhf = "v5 - v5-rejection", "v5 - sft"
     significantly = []
@@ -75,14 +66,14 @@ def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
         ("", "only the value of a fact differs: the right one scores higher"): [
             facts["v1/helpfulness"][0]],
         ("rejection sampling (§3.2.3)", "V1 to V4 win, each against the one before"): wins(
-            chat, *rounds[:4]),
-        ("", "the same, greedy"): wins(greedy, *rounds[:4]),
+            "chat", *rounds[:4]),
+        ("", "the same, greedy"): wins("greedy", *rounds[:4]),
         ("PPO (§3.2.3)", "V5 wins against V4; greedy"): [
-            *wins(chat, rounds[4]), *wins(greedy, rounds[4])],
+            *wins("chat", rounds[4]), *wins("greedy", rounds[4])],
         ("", "V5 wins against rejection sampling with as many samples; greedy"): [
-            *wins(chat, control), *wins(greedy, control)],
+            *wins("chat", control), *wins("greedy", control)],
         ("all of RLHF", "V5 wins against SFT; SFT at T=0.3; greedy"): [
-            *wins(chat, all_rlhf, f"{all_rlhf} at T=0.3"), *wins(greedy, all_rlhf)],
+            *wins("chat", all_rlhf, f"{all_rlhf} at T=0.3"), *wins("greedy", all_rlhf)],
         ("", "helps with a crime: SFT, V1 to V5"): rates("violations"),
         ("", "refuses a harmless task: the worst version"): [max(rates("false refusals"))],
         ("Ghost Attention (§3.3)", "obeys the first message at turns 2, 6, 10, 20"): [
@@ -105,7 +96,7 @@ def cell(numbers: list[tuple[float, ...]]) -> str:
 def main(config: Settings) -> dict:
     """Print the table; returns {(stage, measure): [(mean, deviation) in percent, ...]}."""
     runs = [results_of(Path(folder)) for folder in config.folders]
-    rows, collected = [["stage", "measure, in percent", "expected", "this run"]], {}
+    rows, collected = [["stage", "measure, in percent", "this run"]], {}
     if len(runs) > 1:
         rows[0][-1] = f"{len(runs)} runs"
     for key in runs[0]:
@@ -116,14 +107,11 @@ def main(config: Settings) -> dict:
             numbers.append((statistics.mean(percent), *deviation))
         collected[key] = numbers
         stage, measure = key
-        rows.append([stage, measure, cell(EXPECTED.get(key, [])) or "-", cell(numbers)])
-    if (
-        not config.markdown
-    ):  # one column of names, because a table aligns only the first to the left
-        rows = [
-            [f"{stage + ': ' if stage else '    '}{measure}", *rest]
-            for stage, measure, *rest in rows
-        ]
+        rows.append([stage, measure, cell(numbers)])
+    if not config.markdown:  # one column of names: only the first column is aligned to the left
+        for row in rows:
+            stage, measure, *rest = row
+            row[:] = [f"{stage}: {measure}" if stage else f"    {measure}", *rest]
     print(table(rows, config.markdown))
     return collected
 

@@ -350,8 +350,7 @@ def test_evaluations_of_ppo_report_the_kl_of_each_answer(whole_runs, tok):
             logprobs = model(tokens)[0].log_softmax(-1)
             sums.append(sum(logprobs[len(prompt) + t - 1, i].item() for t, i in enumerate(ids)))
         expected.append(sums[0] - sums[1])
-    settings = train_rlhf.Settings(micro_batch=1)
-    kl = train_rlhf.log_ratios(policy, reference, answers, settings)
+    kl = train_rlhf.log_ratios(policy, reference, answers, 1.0, 4)
     assert kl == pytest.approx(expected, abs=1e-4)
 
 
