@@ -369,6 +369,21 @@ def test_held_out_examples_and_their_copies_are_not_in_the_training_data():
     assert val != records.hold_out(examples, lambda example: example[0], 0.1, seed=2)[1]
 
 
+def test_a_dialogue_and_its_beginnings_are_held_out_together(tok):
+    whole = [dialog(f"Hello {i}", "Hi.", "Who?", "An assistant.") for i in range(40)]
+    parts = whole + [messages[:2] for messages in whole]
+    parts += [dialog(f"Hello {i}", "Yes.", system="Be kind.") for i in range(40)]
+    examples = [train_sft.encode_example({"messages": part}, tok, 256) for part in parts]
+    train, val = records.hold_out(examples, lambda example: example.opening, 0.2, seed=1)
+    assert len(val) == 3 * 8
+    assert not {example.opening for example in train} & {example.opening for example in val}
+
+    pairs = [dict(prompt=part[:-1], chosen="Yes.", rejected="No.") for part in parts]
+    encoded = [train_rm.encode_pair(records.to_pair(pair), tok, 256, {}) for pair in pairs]
+    openings = {example.opening for example in encoded}
+    assert openings == {f"Hello {i}" for i in range(40)}
+
+
 def test_written_answers_are_read_back_with_the_same_tokens(tmp_path, tok):
     prompt = records.to_prompt({"prompt": "Tell me 2 + 3.", "is_safety": True}, tok, 64)
     whole, _ = encode_dialog(tok, dialog("Tell me 2 + 3.", "2 plus 3 is 5."))

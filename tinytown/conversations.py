@@ -16,8 +16,11 @@ from tinytown.prompts import (
     make_prompt,
     same_resident,
 )
+from tinytown.splits import STRANGERS
 from tinytown.world import ANIMALS, NAMES
 
+# A name that only instructions had would be taken for an instruction, so strangers are left out.
+PEOPLE = [name for name in NAMES if name not in STRANGERS]
 # fmt: off
 # kind -> (values of {v}, wordings, terse wording, how to obey with an answer {a}, the rule's regex)
 INSTRUCTIONS = {
@@ -27,10 +30,10 @@ INSTRUCTIONS = {
     "hobby": (ANIMALS, ["You love the {v}, say so in every answer.", "Always mention that you love "
                         "the {v}.", "Say how you love the {v} in all your answers."],
               "Love the {v}.", "I love the {v}. {a}", r"I love the {v}\. ?"),
-    "greeting": (NAMES, ["Always greet {v} first.", "Begin each answer with a word to {v}.",
+    "greeting": (PEOPLE, ["Always greet {v} first.", "Begin each answer with a word to {v}.",
                          "Talk to {v} in all your answers."],
                  "Greet {v}.", "Dear {v}, {a}", r"Dear {v}, ?"),
-    "thanks": (NAMES, ["Always thank {v} first.", "Give thanks to {v} in each answer.",
+    "thanks": (PEOPLE, ["Always thank {v} first.", "Give thanks to {v} in each answer.",
                        "Thank {v} in all your answers."],
                "Thank {v}.", "Thank you, {v}. {a}", r"Thank you, {v}\. ?"),
 }
@@ -106,11 +109,10 @@ def stopped_dialogue(rng, residents, candidates: list[dict]) -> list[dict]:
     for i, topic in enumerate(topics):
         prompt = make_prompt(rng, residents, "dialogues", topic, by_annotator=True)
         question, answer = prompt["prompt"], good_answer(rng, prompt, "full")
-        if i == start:
-            question = f"{text} {question}"
-        if i == stop:
+        if i in (start, stop):
+            message = text if i == start else rng.choice(STOPS)
             alone = rng.random() < 0.3
-            question = rng.choice(STOPS) + ("" if alone else f" {question}")
+            question = message if alone else f"{message} {question}"
             answer = ACKNOWLEDGEMENT if alone else answer
         in_force = start <= i < stop
         contents += [question, obey(answer, chosen) if in_force else answer]
