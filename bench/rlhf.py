@@ -55,7 +55,7 @@ def hacking(seeds):
     variants = {
         "default": [],
         "beta 0": ["--beta", 0],
-        "beta 0, 4 x lr": ["--beta", 0, "--lr", 2e-4],
+        "beta 0, 4 x lr": ["--beta", 0, "--lr", 2.8e-4],
     }
     columns, curves = {}, {}
     for seed in seeds:
