@@ -189,7 +189,7 @@ def stage(name, inputs, out, **changes):
         few = dict(seq_len=256, batch_size=3, micro_batch=2, val_fraction=0.1)
         settings = train_sft.Settings(data=(inputs.dialogues,), eval_every=5, **few, **often)
     elif name == "rm":
-        few = dict(batch_size=5, micro_batch=2, val_fraction=0.2, epochs=2)
+        few = dict(batch_size=5, micro_batch=2, val_fraction=0.3, epochs=2)
         settings = train_rm.Settings(
             kind="safety", data=(inputs.pairs,), eval_every=3, **few, **often
         )

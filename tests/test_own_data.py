@@ -192,7 +192,7 @@ def test_few_labels_give_one_line_for_few_steps_and_one_for_few_held_out_pairs(
     held_out = re.search(r"([0-9]+) held out", few)[1]
     assert f"accuracy on {held_out} held-out pairs says little" in few
     assert "the learning rate never reaches its peak: 5 steps of warm-up, 1 in total" in few
-    many = replace(config, out=str(tmp_path / "many"), val_fraction=0.7, batch_size=2)
+    many = replace(config, out=str(tmp_path / "many"), val_fraction=0.8, batch_size=2)
     run_command(many, train_rm, monkeypatch)
     assert not re.search("says little|never reaches", capsys.readouterr().out)
     none = replace(config, out=str(tmp_path / "none"), val_fraction=0.0)

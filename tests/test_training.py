@@ -368,7 +368,7 @@ def test_a_finished_run_is_kept_until_overwrite_and_good_inputs(
     missing = {"data" if name == "pretrain" else "init": "missing"}
     expect_error(script, replace(config, overwrite=True, **missing), "missing")
     assert difference(whole, config) == 0
-    script.main(replace(config, overwrite=True, seed=2))
+    script.main(replace(config, overwrite=True, seed=2, keep="last"))
     assert difference(whole, config) > (0 if name == "ppo" else 1e-4)
 
 
