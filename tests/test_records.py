@@ -145,7 +145,7 @@ BAD = {
         (PAIR | dict(prompt=[USER] * 3), "message 2 has role 'user'"),
         (PAIR | dict(prompt="[INST]"), "message 1 contains [INST]"),
         (PAIR | dict(chosen=["b"]), '"chosen" is not a list of objects'),
-        (PAIR | dict(chosen=5), '"chosen" is missing or neither'),
+        (PAIR | dict(chosen=5), '"chosen" is 5, neither'),
         (PAIR | dict(chosen=[USER]), '"chosen" does not end with an answer'),
         (PAIR | dict(margin=2.5), '"margin" is not supported'),
         (PAIR | dict(rating=3), '"rating" is 3'),
@@ -356,9 +356,11 @@ def test_a_weight_after_a_file_name_says_how_often_it_is_read(tmp_path):
     assert sorted(read(f"{path}:1.5"))[:2] in ([0, 0], [0, 1])
     assert len(read(f"{path}:1.5")) == 150
     assert read(with_colon, f"{with_colon}:2") == [0, 1, 2] * 3
-    for wrong in ("x", "-1", "0", "1e3"):
+    for wrong in ("-1", "0", "1e3"):
         with pytest.raises(ValueError, match="is not a weight"):
             read(f"{path}:{wrong}")
+    few = write_jsonl(tmp_path / "few.jsonl", range(4))
+    assert len(read(f"{few}:0.1")) == 1  # a file that is named contributes something
 
 
 def test_held_out_examples_and_their_copies_are_not_in_the_training_data():
