@@ -17,6 +17,7 @@ import train_rlhf
 import train_rm
 import train_sft
 from common import run as runs, training
+from common.settings import is_used
 from data import corpus
 from data.formats import KINDS
 from llama2 import ModelArgs, RewardModel, Tokenizer, Transformer, save
@@ -240,6 +241,8 @@ def options(config):
     """The command-line options of a Settings, as a list of words."""
     words = []
     for name, value in vars(config).items():
+        if not is_used(config, name):
+            continue
         option = [] if name == "folders" else ["--" + name.replace("_", "-")]
         if isinstance(value, bool):
             words += option if value else ["--no-" + name.replace("_", "-")]

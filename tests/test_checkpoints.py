@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, fields, replace
 
 import pytest
+import sentencepiece
 import torch
 
 import llama2
@@ -296,3 +297,24 @@ def test_a_model_takes_the_place_of_one_with_more_shards(saved, tok):
     (saved / "consolidated.01.pth").write_bytes((saved / WEIGHTS).read_bytes())
     save(saved, make_model(vocab_size=tok.vocab_size), tok)
     load(saved)
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc_cf", "identity"])
+def test_a_tokenizer_that_changes_texts_is_refused(tmp_path, rule):
+    """It would read wide letters in a message as tags of the chat format."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["[INST] the hen [/INST] sat by the mill"] * 20),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name=rule,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    if rule == "identity":
+        llama2.Tokenizer(tmp_path / "t.model")
+        return
+    with pytest.raises(ValueError, match="changes texts.*normalization_rule_name=identity"):
+        llama2.Tokenizer(tmp_path / "t.model")
