@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 
 import train_pretrain
-from conftest import decode_documents, dialog, write_jsonl
-from data import corpus, texts
+from conftest import ROOT, decode_documents, dialog, write_jsonl
+from data import corpus, personal, texts
 from llama2 import Tokenizer, encode_dialog
 from tinytown import world
 
@@ -231,11 +231,56 @@ def test_skip_bad_leaves_out_unreadable_lines_and_files_and_counts_them(tmp_path
 
 def test_time_to_find_personal_details_grows_linearly():
     """With quadratic time, these texts would take hours."""
-    for part in ("a", "1", "A", "1 ", "1 A", "a@", "a.", "@", "1-", "(", "she"):
-        details = corpus.count_details((part * 400_000)[:400_000])
+    parts = "a|1|A|1 |1 A|a@|a.|@|1-|(|she|+1 |1.|tel:1|Aa |12 Aa |Calle Aa |str. |P.O".split("|")
+    for part in parts:
+        details = personal.count_details((part * 400_000)[:400_000])
         assert details["e-mail"] <= 1
-    addresses = corpus.PERSONAL["e-mail"].findall("to ada.b+c@mail.example, x@y.z; @no a@b")
-    assert addresses == ["ada.b+c@mail.example", "x@y.z"]
+
+
+def test_telephone_numbers_and_addresses_are_found_and_dates_tables_and_code_are_not():
+    """The numbers of docs/DATA.md. The one list has ordinary texts, the other real spellings."""
+    ordinary, spellings = (
+        (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines()
+        for name in ("ordinary.txt", "personal.txt")
+    )
+    assert len(ordinary) >= 60 and len(spellings) >= 40
+    wrong = [text for text in ordinary if personal.count_details(f"Then {text} again").total()]
+    found = [text for text in spellings if personal.count_details(f"To: {text}, or.").total()]
+    precision, recall = len(found) / (len(found) + len(wrong)), len(found) / len(spellings)
+    documented = f"precision {precision:.0%}, recall {recall:.0%}"
+    assert documented in " ".join((ROOT / "docs/DATA.md").read_text().split())
+    assert (wrong, recall > 0.9) == ([], True)
+
+
+@pytest.mark.parametrize(
+    "text, numbers",
+    [
+        ("(call (555) 123-4567) or (555-123-4567)", ["(555) 123-4567", "555-123-4567"]),
+        ("1\u00a0555-123-4567", ["1 555-123-4567"]),
+        ("555-123-4567. 3 hens", ["555-123-4567"]),
+        ("12 555-123-4567, a555-123-4567, 555-123-4567-8, 555-123-4567 89, 0.555-123-4567", []),
+        ("+20240115 103000, +1 234 567 890, +35236450.6, 0.1 020.12345678", []),
+        ("call 1234567, call 2019-2020, ISBN 555-123-4567, Boston, MA 02110-1301", []),
+    ],
+)
+def test_a_part_of_a_longer_number_is_no_telephone_number(text, numbers):
+    assert personal.telephones(text) == numbers
+
+
+def test_one_personal_page_does_not_bar_its_site_and_biographies_stay(tmp_path, town):
+    stories = [record["text"] for record in town["stories"][:60]]
+    pages = [{"text": text, "url": f"https://hens.example/{i}"} for i, text in enumerate(stories)]
+    pages += [{"text": "## 2024-01-15\n" * 80, "url": "https://hens.example/changes"}]
+    pages += [{"text": "call 555-123-4567\n" * 900, "url": "https://hens.example/staff"}]
+    life = "Anna Example (1902-1977), taught here (1931-1938) and there (1945-1966). "
+    pages += [{"text": life + text} for text in stories]
+    half = [{"text": f"ada{i}@mail.example " * 3, "url": "https://half.example"} for i in range(6)]
+    path = write_jsonl(tmp_path / "web.jsonl", pages + half)
+    index, _, _ = prepare(tmp_path / "out", path)
+    assert list(index["left_out"]) == ["half.example"]
+    quiet = [{"text": text, "url": "https://half.example"} for text in stories[:6]]
+    index, _, _ = prepare(tmp_path / "two", write_jsonl(path, pages + half + quiet))
+    assert index["left_out"] == {}
 
 
 def test_memory_does_not_grow_with_the_amount_of_text(tmp_path, town, tok, monkeypatch):
