@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -125,7 +127,33 @@ def test_sources_have_weights_and_the_text_files_of_their_folders(tmp_path, caps
     assert web.weight == 0.5
     assert [Path(file).name for file in web.files] == ["C.TXT", "a.txt", "b.jsonl", "e.txt"]
     assert (wiki.name, wiki.weight, again.name, again.weight) == ("wiki", 1, "wiki~2", 2)
-    assert "web: not read: 1 .md, 1 .txt.gz" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    skipped = "2 hidden, 2 of a run (its folder has metrics.jsonl), 1 .txt.gz, 1 .md"
+    assert f"web: not read: {skipped}\n" in shown
+
+
+def test_each_file_that_a_folder_does_not_give_is_counted(tmp_path, capsys, monkeypatch):
+    """Also beyond the nine most common endings; a file with two names is read once."""
+    for i in range(20):
+        (tmp_path / f"x.e{i}").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    assert texts.find_files(tmp_path) == [str(tmp_path / "a.txt")]
+    line = capsys.readouterr().out
+    assert sum(map(int, re.findall(r"(?<=[:,] )\d+", line))) == 21
+    assert "1 second links" in line or "with other endings" in line
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError):
+        texts.find_files(tmp_path)
 
 
 def test_every_document_is_written_once_between_bos_and_eos(tmp_path, town, monkeypatch):
@@ -219,8 +247,12 @@ def test_skip_bad_leaves_out_unreadable_lines_and_files_and_counts_them(tmp_path
         prepare(tmp_path / "out", tmp_path)
     with pytest.raises(ValueError, match="b.txt: line 3: not UTF-8"):
         prepare(tmp_path / "out", tmp_path / "b.txt")
-    with pytest.raises(ValueError, match="c.txt: .*skipped: .*c.txt: line 2: binary data"):
+    with pytest.raises(ValueError, match="no text to .*; skipped: .*c.txt: line 2: binary data"):
         prepare(tmp_path / "out", tmp_path / "c.txt", skip_bad=True)
+    both = f"{tmp_path}/c.txt:3", f"{tmp_path}/a.jsonl:2"
+    for _ in range(2):  # the tokens are made, then found; without a source, weights keep theirs
+        index, _, _ = prepare(tmp_path / "two", *both, skip_bad=True)
+        assert [(source["name"], source["weight"]) for source in index["sources"]] == [("a", 2)]
     _, tok, ids = prepare(tmp_path / "out", tmp_path, skip_bad=True)
     train, val = ids.values()
     assert sorted(decode_documents(tok, train + val)) == sorted(stories)
