@@ -17,6 +17,7 @@ import train_rlhf
 import train_rm
 import train_sft
 from common import run as runs, training
+from common.settings import is_used
 from data import corpus
 from data.formats import KINDS
 from llama2 import ModelArgs, RewardModel, Tokenizer, Transformer, save
@@ -195,11 +196,12 @@ def stage(name, inputs, out, **changes):
         )
     else:
         data = dict(prompts=(inputs.prompts,), val_prompts=(inputs.val_prompts,), rm=inputs.rm)
-        sampling = dict(samples=2, temperatures=(1.0,), tune_lr=1e-3, tune_epochs=6, tune_batch=1)
-        few = dict(iterations=4, batch_size=8, mini_batch=4, micro_batch=4, max_new_tokens=6)
-        settings = train_rlhf.Settings(
-            method=name, lr=1e-3, eval_every=2, save_every=1, **data, **sampling, **few, **both
-        )
+        if name == "ppo":
+            few = dict(lr=1e-3, iterations=4, batch_size=8, mini_batch=4, eval_every=2)
+        else:
+            few = dict(samples=2, temperatures=(1.0,), tune_lr=1e-3, tune_epochs=6, tune_batch=1)
+        shared = dict(micro_batch=4, max_new_tokens=6, save_every=1, **data, **both)
+        settings = train_rlhf.Settings(method=name, **few, **shared)
     return SCRIPTS[name], replace(settings, **changes)
 
 
@@ -240,6 +242,8 @@ def options(config):
     """The command-line options of a Settings, as a list of words."""
     words = []
     for name, value in vars(config).items():
+        if not is_used(config, name):
+            continue
         option = [] if name == "folders" else ["--" + name.replace("_", "-")]
         if isinstance(value, bool):
             words += option if value else ["--no-" + name.replace("_", "-")]

@@ -145,6 +145,12 @@ def sample_dialogs(
     return dialogs, disobeyed
 
 
+def fits(tok: Tokenizer, questions: list[str], text: str, context: int) -> bool:
+    """True if each question with the instruction leaves room for an answer in the context."""
+    messages = [instruct_every_message(text, [], question) for question in questions]
+    return max(length(tok, message) for message in messages) < context
+
+
 def to_records(tok: Tokenizer, turns, text: str, rng, config: Settings) -> list[dict]:
     """The training records of one sampled dialogue: the whole of it, and cut after random turns."""
     while turns and length(tok, instruct_first_message(text, turns)) > config.context:
@@ -188,6 +194,17 @@ def main(config: Settings):
         if rng.random() < config.alone:
             of_one.insert(0, "")  # the model answers the instruction itself
             del of_one[config.turns :]
+    context = model.args.max_seq_len
+    both = list(zip(questions, instructions))
+    kept = [(of_one, its) for of_one, its in both if fits(tok, of_one, its[0], context)]
+    if len(kept) < len(both):
+        print0(
+            f"{len(both) - len(kept):,} dialogues left out: a message with its instruction is "
+            f"longer than the context of {context} tokens"
+        )
+    if not kept:
+        raise ValueError(f"no dialogue of {', '.join(config.data)} fits the context of {context}")
+    questions, instructions = zip(*kept)
 
     seed = derive_seed(config.seed, "ghost attention", rank)  # each process has its own part
     dialogs, disobeyed = sample_dialogs(

@@ -17,6 +17,7 @@ an interpolation of the weights: --blend 0.7 is 70% of the way from --other to -
 """
 
 import copy
+import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,13 +157,20 @@ def choose(question: str, letters: str) -> str:
     return letter
 
 
+def show_prompt(prompt) -> str:
+    """A prompt for a person to read: a text as it is, messages with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def ask_comparison(pair, ask_safety: bool) -> dict | str:
     """Ask a person to compare two answers, at the terminal or through a pipe.
 
     Returns the preference record, or "s" (skip this pair) or "u" (undo the last label). Without
     ask_safety the record does not say which answers are safe: None.
     """
-    print(f"{pair['prompt']}\n  a) {pair['a']}\n  b) {pair['b']}")
+    print(f"{show_prompt(pair['prompt'])}\n  a) {pair['a']}\n  b) {pair['b']}")
     better = choose("which is better; s skips the pair, u takes back the last label", "absu")
     if better in "su":
         return better
@@ -182,33 +190,51 @@ def ask_comparison(pair, ask_safety: bool) -> dict | str:
     }
 
 
-def label_by_person(pairs_path: Path, config: Settings):
-    """Label pairs one by one. Each label is saved at once, and the next call continues there.
+def identity(record: dict, *answers: str) -> str:
+    """The prompt and both answers of a pair or of its label, in a form that can be compared."""
+    return json.dumps([record.get("prompt"), sorted(record[key] for key in answers)])
 
-    The i-th label is that of the i-th pair, so a skipped pair is removed from the file of pairs.
+
+def label_by_person(pairs_path: Path, config: Settings):
+    """Label pairs one by one. Each label is saved at once, and the next call continues.
+
+    A label belongs to the pair with its prompt and answers, so labels may be removed by hand. A
+    pair that the person skips is removed from the file of pairs.
     """
-    pairs, done = [pair for _, pair in read_objects(pairs_path, a=str, b=str)], []
+    pairs = dict(enumerate(pair for _, pair in read_objects(pairs_path, a=str, b=str)))
+    labels, others = {}, []  # {number of a pair: its label}, newest last; labels of no pair
+    unlabelled = {}  # {what a label repeats of its pair: numbers of such pairs}
+    for number, pair in pairs.items():
+        unlabelled.setdefault(identity(pair, "a", "b"), []).append(number)
     if Path(config.out).exists():
-        done = [record for _, record in read_objects(config.out, chosen=str, rejected=str)]
+        for _, record in read_objects(config.out, chosen=str, rejected=str):
+            numbers = unlabelled.get(identity(record, "chosen", "rejected"))
+            if numbers:
+                labels[numbers.pop(0)] = record
+            else:
+                others.append(record)
+    if others:
+        print(f"{len(others)} labels in {config.out} are kept, but belong to no pair of this file")
     try:
-        while len(done) < len(pairs):
-            print(f"\n{len(done) + 1} of {len(pairs)}")
-            pair = pairs[len(done)]
+        while waiting := [number for number in pairs if number not in labels]:
+            number = waiting[0]
+            print(f"\n{len(labels) + 1} of {len(pairs)}")
+            pair = pairs[number]
             record = ask_comparison(pair, config.ask_safety or pair["kind"] == "safety")
             if record == "s":
-                del pairs[len(done)]
-                write_records(pairs_path, pairs)
+                del pairs[number]
+                write_records(pairs_path, pairs.values())
                 continue
-            if record == "u":
-                done = done[:-1]
-            else:
-                done.append(record)
-            write_records(config.out, done)
+            if record != "u":
+                labels[number] = record
+            elif labels:
+                labels.popitem()
+            write_records(config.out, others + [labels[number] for number in sorted(labels)])
     except (EOFError, KeyboardInterrupt):
         pass
-    rest = "the same command continues, and " if len(done) < len(pairs) else ""
+    rest = "the same command continues, and " if len(labels) < len(pairs) else ""
     print(
-        f"\n{len(done)} of {len(pairs)} compared, in {config.out}: {rest}"
+        f"\n{len(labels)} of {len(pairs)} compared, in {config.out}: {rest}"
         f"python train_rm.py --init {config.chat} --data {config.out} --out FOLDER trains on them"
     )
 

@@ -45,25 +45,42 @@ def find_sources(specs) -> list[Source]:
 
 
 def find_files(root: Path) -> list[str]:
-    """The text files in a folder and its subfolders; prints how many other files there are."""
+    """The text files in a folder and its subfolders; prints how many other files there are.
+
+    Links are followed, and a file with several names is read once. Raises OSError if a folder
+    cannot be read.
+    """
     texts, others, visited = [], Counter(), set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+
+    def stop(error: OSError):
+        raise error
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=stop):
         if os.path.realpath(folder) in visited:  # a link that leads back to a folder above
             folders.clear()
             continue
         visited.add(os.path.realpath(folder))
         # Hidden files and folders belong to an editor or to the system.
+        others["hidden"] += sum(name.startswith(".") for name in folders + names)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = [name for name in names if not name.startswith(".")]
+        names = sorted(name for name in names if not name.startswith("."))
         if "metrics.jsonl" in names:  # the folder of a run, whose files are not training text
+            others["of a run (its folder has metrics.jsonl)"] += len(names)
             continue
         for name in names:
-            if name.lower().endswith(KNOWN):
-                texts.append(Path(folder, name))
+            path = Path(folder, name)
+            if not name.lower().endswith(KNOWN):
+                others["".join(path.suffixes[-2:]) or name] += 1
+            elif os.path.realpath(path) in visited:
+                others["second links"] += 1
             else:
-                others["".join(Path(name).suffixes[-2:]) or name] += 1
-    if others:
-        print(f"{root}: not read: " + ", ".join(f"{n} {end}" for end, n in others.most_common(9)))
+                visited.add(os.path.realpath(path))
+                texts.append(path)
+    if others := +others:  # without zeros
+        shown = others.most_common(9)
+        rest = others.total() - sum(n for _, n in shown)
+        ends = [f"{n} {end}" for end, n in shown] + [f"{rest} with other endings"] * (rest > 0)
+        print(f"{root}: not read: " + ", ".join(ends))
     return [str(path) for path in sorted(texts)]
 
 

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, fields, replace
 
 import pytest
+import sentencepiece
 import torch
 
 import llama2
@@ -271,3 +272,49 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(OSError, match=r"written \(No such file or directory\): .*missing"):
         llama2.write_atomic(tmp_path / "missing/f", fail)
     assert path.read_bytes() == b"old"
+
+
+def test_a_write_keeps_links_modes_devices_and_neighbours(tmp_path):
+    real, link, neighbour, pipe = (tmp_path / name for name in ("real", "link", "real.tmp", "pipe"))
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    neighbour.write_bytes(b"mine")
+    link.symlink_to("real")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, pipe):
+        llama2.write_atomic(path, lambda file: file.write(b"new"))
+    assert (os.read(reader, 9), pipe.is_fifo()) == (b"new", True)
+    os.close(reader)
+    assert (link.is_symlink(), real.read_bytes(), neighbour.read_bytes()) == (True, b"new", b"mine")
+    assert real.stat().st_mode & 0o777 == 0o640
+    llama2.write_atomic("/dev/null", lambda file: file.write(b"new"))
+    assert os.path.exists("/dev/null") and not os.path.isfile("/dev/null")
+    assert len(list(tmp_path.iterdir())) == 4  # no temporary file is left
+
+
+def test_a_model_takes_the_place_of_one_with_more_shards(saved, tok):
+    (saved / "consolidated.01.pth").write_bytes((saved / WEIGHTS).read_bytes())
+    save(saved, make_model(vocab_size=tok.vocab_size), tok)
+    load(saved)
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc_cf", "identity"])
+def test_a_tokenizer_that_changes_texts_is_refused(tmp_path, rule):
+    """It would read wide letters in a message as tags of the chat format."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["[INST] the hen [/INST] sat by the mill"] * 20),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name=rule,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    if rule == "identity":
+        llama2.Tokenizer(tmp_path / "t.model")
+        return
+    with pytest.raises(ValueError, match="changes texts.*normalization_rule_name=identity"):
+        llama2.Tokenizer(tmp_path / "t.model")

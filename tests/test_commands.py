@@ -1,6 +1,7 @@
 """Command lines: settings and a user's mistakes."""
 
 import gzip
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import llama2
+import train_pretrain
 import train_rlhf
 import train_sft
 from common import run as runs
@@ -56,10 +58,33 @@ def test_settings_come_from_the_command_line_and_help_names_the_papers_value(cap
     assert (folders.folders, folders.show) == (["out/a", "out/b"], 2)
 
 
+def test_a_setting_that_would_change_nothing_is_refused_by_name(capsys):
+    def error(cls, *argv):
+        with pytest.raises(SystemExit) as e:
+            parse_settings(cls, {"size": "7B"}, "", argv)
+        assert e.value.code == 2
+        return capsys.readouterr().err
+
+    given = ("--lr", "7", "--temperature", "1", "--beta", "9", "--seed", "2")
+    line = error(train_rlhf.Settings, *given)
+    assert "--lr, --temperature, --beta: needs --method ppo" in line and "--seed" not in line
+    line = error(train_rlhf.Settings, "--method", "ppo", "--samples", "2")
+    assert "--samples: needs --method rejection-sampling" in line
+    line = error(train_pretrain.Settings, "--init", "base", "--size", "tiny")
+    assert "--size: cannot be given with --init" in line
+    paper = ["--recipe", "paper", "--init", "base"]  # the recipe's own size was not given
+    assert parse_settings(train_pretrain.Settings, {"size": "7B"}, "", paper).init == "base"
+    both = "--iterations 10 --eval-every 5 --val-prompts a --earlier b".split()  # as in paper.sh
+    for method in ("ppo", "rejection-sampling"):
+        parse_settings(train_rlhf.Settings, {}, "", ["--method", method, *both])
+
+
 # ------------------------------------------------------------------------------- a user's mistakes
+LR = ("pretrain", "sft", "rm", "ppo")  # rejection sampling has --tune-lr
 BAD_SETTINGS = [
-    *[(name, dict(lr=0.0), ["--lr 0.0: must be above 0"]) for name in STAGES],
-    *[(name, dict(lr=float("nan")), ["--lr nan"]) for name in STAGES],
+    *[(name, dict(lr=0.0), ["--lr 0.0: must be above 0"]) for name in STAGES if name in LR],
+    *[(name, dict(lr=float("nan")), ["--lr nan"]) for name in STAGES if name in LR],
+    ("rejection-sampling", dict(tune_lr=0.0), ["--tune-lr 0.0: must be above 0"]),
     *[(name, dict(seed=-1), ["--seed -1: must be 0 or above 0"]) for name in STAGES],
     *[(name, dict(seed=1 << 60), ["--seed", "must be at most"]) for name in STAGES],
     *[(name, dict(out=""), ["--out: expected a file or folder"]) for name in STAGES],
@@ -265,6 +290,22 @@ def test_a_failure_in_the_first_step_is_one_line(
     _, config = stage("sft", inputs, tmp_path / "out")
     monkeypatch.setattr(train_sft, "sft_loss", loss)
     expect_error(train_sft, config, *(word.replace("OUT", config.out) for word in words))
+
+
+def test_characters_that_the_terminal_lacks_are_replaced_and_bad_bytes_end_no_chat(base):
+    def run(encoding, *command, lines=b""):
+        command = [sys.executable, "llama2.py", *command]
+        env = os.environ | {"PYTHONIOENCODING": encoding}
+        result = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, env=env)
+        assert (result.returncode, result.stderr) == (0, b"")
+        return result.stdout
+
+    few = ("--max-new-tokens", "1")
+    text = "hen \N{CHICKEN}"
+    assert run("cp1252", "complete", str(base), text, *few).startswith(b"hen ?")
+    lines = b"hi\n\xff\n/reset\n"
+    output = run("utf-8:strict", "chat", str(base), *few, lines=lines)
+    assert b"surrogates not allowed" in output and b"(a new dialogue)" in output
 
 
 def test_a_closed_pipe_ends_a_run_without_a_traceback(tmp_path, inputs):

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import pytest
 import sentencepiece
 
 import train_pretrain
-from conftest import decode_documents, dialog, write_jsonl
-from data import corpus, texts
+from conftest import ROOT, decode_documents, dialog, write_jsonl
+from data import corpus, personal, texts
 from llama2 import Tokenizer, encode_dialog
 from tinytown import world
 
@@ -125,7 +127,33 @@ def test_sources_have_weights_and_the_text_files_of_their_folders(tmp_path, caps
     assert web.weight == 0.5
     assert [Path(file).name for file in web.files] == ["C.TXT", "a.txt", "b.jsonl", "e.txt"]
     assert (wiki.name, wiki.weight, again.name, again.weight) == ("wiki", 1, "wiki~2", 2)
-    assert "web: not read: 1 .md, 1 .txt.gz" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    skipped = "2 hidden, 2 of a run (its folder has metrics.jsonl), 1 .txt.gz, 1 .md"
+    assert f"web: not read: {skipped}\n" in shown
+
+
+def test_each_file_that_a_folder_does_not_give_is_counted(tmp_path, capsys, monkeypatch):
+    """Also beyond the nine most common endings; a file with two names is read once."""
+    for i in range(20):
+        (tmp_path / f"x.e{i}").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    assert texts.find_files(tmp_path) == [str(tmp_path / "a.txt")]
+    line = capsys.readouterr().out
+    assert sum(map(int, re.findall(r"(?<=[:,] )\d+", line))) == 21
+    assert "1 second links" in line or "with other endings" in line
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError):
+        texts.find_files(tmp_path)
 
 
 def test_every_document_is_written_once_between_bos_and_eos(tmp_path, town, monkeypatch):
@@ -219,8 +247,12 @@ def test_skip_bad_leaves_out_unreadable_lines_and_files_and_counts_them(tmp_path
         prepare(tmp_path / "out", tmp_path)
     with pytest.raises(ValueError, match="b.txt: line 3: not UTF-8"):
         prepare(tmp_path / "out", tmp_path / "b.txt")
-    with pytest.raises(ValueError, match="c.txt: .*skipped: .*c.txt: line 2: binary data"):
+    with pytest.raises(ValueError, match="no text to .*; skipped: .*c.txt: line 2: binary data"):
         prepare(tmp_path / "out", tmp_path / "c.txt", skip_bad=True)
+    both = f"{tmp_path}/c.txt:3", f"{tmp_path}/a.jsonl:2"
+    for _ in range(2):  # the tokens are made, then found; without a source, weights keep theirs
+        index, _, _ = prepare(tmp_path / "two", *both, skip_bad=True)
+        assert [(source["name"], source["weight"]) for source in index["sources"]] == [("a", 2)]
     _, tok, ids = prepare(tmp_path / "out", tmp_path, skip_bad=True)
     train, val = ids.values()
     assert sorted(decode_documents(tok, train + val)) == sorted(stories)
@@ -231,11 +263,56 @@ def test_skip_bad_leaves_out_unreadable_lines_and_files_and_counts_them(tmp_path
 
 def test_time_to_find_personal_details_grows_linearly():
     """With quadratic time, these texts would take hours."""
-    for part in ("a", "1", "A", "1 ", "1 A", "a@", "a.", "@", "1-", "(", "she"):
-        details = corpus.count_details((part * 400_000)[:400_000])
+    parts = "a|1|A|1 |1 A|a@|a.|@|1-|(|she|+1 |1.|tel:1|Aa |12 Aa |Calle Aa |str. |P.O".split("|")
+    for part in parts:
+        details = personal.count_details((part * 400_000)[:400_000])
         assert details["e-mail"] <= 1
-    addresses = corpus.PERSONAL["e-mail"].findall("to ada.b+c@mail.example, x@y.z; @no a@b")
-    assert addresses == ["ada.b+c@mail.example", "x@y.z"]
+
+
+def test_telephone_numbers_and_addresses_are_found_and_dates_tables_and_code_are_not():
+    """The numbers of docs/DATA.md. The one list has ordinary texts, the other real spellings."""
+    ordinary, spellings = (
+        (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines()
+        for name in ("ordinary.txt", "personal.txt")
+    )
+    assert len(ordinary) >= 60 and len(spellings) >= 40
+    wrong = [text for text in ordinary if personal.count_details(f"Then {text} again").total()]
+    found = [text for text in spellings if personal.count_details(f"To: {text}, or.").total()]
+    precision, recall = len(found) / (len(found) + len(wrong)), len(found) / len(spellings)
+    documented = f"precision {precision:.0%}, recall {recall:.0%}"
+    assert documented in " ".join((ROOT / "docs/DATA.md").read_text().split())
+    assert (wrong, recall > 0.9) == ([], True)
+
+
+@pytest.mark.parametrize(
+    "text, numbers",
+    [
+        ("(call (555) 123-4567) or (555-123-4567)", ["(555) 123-4567", "555-123-4567"]),
+        ("1\u00a0555-123-4567", ["1 555-123-4567"]),
+        ("555-123-4567. 3 hens", ["555-123-4567"]),
+        ("12 555-123-4567, a555-123-4567, 555-123-4567-8, 555-123-4567 89, 0.555-123-4567", []),
+        ("+20240115 103000, +1 234 567 890, +35236450.6, 0.1 020.12345678", []),
+        ("call 1234567, call 2019-2020, ISBN 555-123-4567, Boston, MA 02110-1301", []),
+    ],
+)
+def test_a_part_of_a_longer_number_is_no_telephone_number(text, numbers):
+    assert personal.telephones(text) == numbers
+
+
+def test_one_personal_page_does_not_bar_its_site_and_biographies_stay(tmp_path, town):
+    stories = [record["text"] for record in town["stories"][:60]]
+    pages = [{"text": text, "url": f"https://hens.example/{i}"} for i, text in enumerate(stories)]
+    pages += [{"text": "## 2024-01-15\n" * 80, "url": "https://hens.example/changes"}]
+    pages += [{"text": "call 555-123-4567\n" * 900, "url": "https://hens.example/staff"}]
+    life = "Anna Example (1902-1977), taught here (1931-1938) and there (1945-1966). "
+    pages += [{"text": life + text} for text in stories]
+    half = [{"text": f"ada{i}@mail.example " * 3, "url": "https://half.example"} for i in range(6)]
+    path = write_jsonl(tmp_path / "web.jsonl", pages + half)
+    index, _, _ = prepare(tmp_path / "out", path)
+    assert list(index["left_out"]) == ["half.example"]
+    quiet = [{"text": text, "url": "https://half.example"} for text in stories[:6]]
+    index, _, _ = prepare(tmp_path / "two", write_jsonl(path, pages + half + quiet))
+    assert index["left_out"] == {}
 
 
 def test_memory_does_not_grow_with_the_amount_of_text(tmp_path, town, tok, monkeypatch):

@@ -237,6 +237,44 @@ def test_a_person_can_skip_a_pair_and_take_back_a_label(tmp_path, inputs, monkey
     assert all(isinstance(records.to_pair(record), records.Pair) for record in read(out)[:3])
 
 
+def test_a_label_removed_by_hand_is_asked_again_and_no_other(tmp_path, monkeypatch, capsys):
+    """The labels keep the order of the pairs, and a label of another pair is kept."""
+    config = preferences.Settings(out=str(tmp_path / "labels.jsonl"))
+    pairs = [dict(prompt=f"p{i}", a="x", b="y", kind="helpfulness") for i in range(3)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pairs + pairs[:1])  # the last is a copy
+    typed = []
+
+    def type_next(_):
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    def label(keys):
+        typed[:] = keys
+        preferences.label_by_person(pairs, config)
+        assert not typed
+        return [record["prompt"] for record in read(config.out)]
+
+    monkeypatch.setattr("builtins.input", type_next)
+    assert label("a1b2b3a4") == ["p0", "p1", "p2", "p0"]
+    labels = read(config.out)
+    write_jsonl(tmp_path / "labels.jsonl", [labels[2] | {"prompt": "other"}, *labels[2:]])
+    capsys.readouterr()
+    assert label("b1ua2a1") == ["other", "p0", "p1", "p2", "p0"]
+    shown = capsys.readouterr().out
+    assert "1 labels in" in shown and "4 of 4 compared" in shown
+    assert shown.count("p1") == 2 and "p2\n" not in shown
+
+
+def test_a_person_reads_messages_as_a_dialogue(monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda _: "s")
+    messages = [dict(role="system", content="Be brief."), *dialog("Hi?", "Yes.", "And?")]
+    pair = dict(prompt=messages, a="x", b="y", kind="safety")
+    assert preferences.ask_comparison(pair, False) == "s"
+    lines = ["system: Be brief.", "user: Hi?", "assistant: Yes.", "user: And?", "  a) x", "  b) y"]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
 def test_pairs_without_an_annotator_have_no_label(tmp_path, inputs):
     data = [dict(prompt="Say a."), dict(prompt="b", is_safety=True)]
     path = write_jsonl(tmp_path / "q.jsonl", data)
@@ -277,3 +315,30 @@ def test_ghost_attention_command_writes_training_dialogues(tmp_path, base, monke
     assert sum(messages[0]["content"].startswith("Fox! ") for messages in written) < len(written)
     # Only the first message has the instruction, and the prefix is removed from the answers.
     assert not any("ox" in m["content"] for messages in written for m in messages[2::2])
+
+
+@pytest.mark.parametrize("turns", [("hen " * 200, "Yes."), ("Hi?", "Yes.", "hen " * 200, "No.")])
+def test_ghost_attention_leaves_out_a_dialogue_with_a_message_beyond_the_context(
+    tmp_path, base, monkeypatch, capsys, turns
+):
+    dialogs = [dict(messages=dialog(*turns)), dict(messages=dialog("One?", "It is."))]
+    config = ghost_attention.Settings(
+        chat=str(base),
+        out=str(tmp_path / "g.jsonl"),
+        data=(str(write_jsonl(tmp_path / "d.jsonl", dialogs)),),
+        instructions=(str(write_jsonl(tmp_path / "i.jsonl", [dict(instruction="Be a fox.")])),),
+        max_new_tokens=6,
+        **EXACT,
+    )
+
+    def answer(model, tok, dialogs, *_, sampler):
+        lengths = [ghost_attention.length(tok, messages) for messages in dialogs]
+        assert max(lengths) < model.args.max_seq_len
+        return ["yes"] * len(dialogs)
+
+    monkeypatch.setattr(ghost_attention, "respond", answer)
+    ghost_attention.main(config)
+    assert "1 dialogues left out: a message with its instruction" in capsys.readouterr().out
+    write_jsonl(tmp_path / "d.jsonl", dialogs[:1])
+    with pytest.raises(ValueError, match="d.jsonl fits the context of"):
+        ghost_attention.main(replace(config, overwrite=True))

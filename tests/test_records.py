@@ -145,7 +145,7 @@ BAD = {
         (PAIR | dict(prompt=[USER] * 3), "message 2 has role 'user'"),
         (PAIR | dict(prompt="[INST]"), "message 1 contains [INST]"),
         (PAIR | dict(chosen=["b"]), '"chosen" is not a list of objects'),
-        (PAIR | dict(chosen=5), '"chosen" is missing or neither'),
+        (PAIR | dict(chosen=5), '"chosen" is 5, neither'),
         (PAIR | dict(chosen=[USER]), '"chosen" does not end with an answer'),
         (PAIR | dict(margin=2.5), '"margin" is not supported'),
         (PAIR | dict(rating=3), '"rating" is 3'),
@@ -356,9 +356,11 @@ def test_a_weight_after_a_file_name_says_how_often_it_is_read(tmp_path):
     assert sorted(read(f"{path}:1.5"))[:2] in ([0, 0], [0, 1])
     assert len(read(f"{path}:1.5")) == 150
     assert read(with_colon, f"{with_colon}:2") == [0, 1, 2] * 3
-    for wrong in ("x", "-1", "0", "1e3"):
+    for wrong in ("-1", "0", "1e3"):
         with pytest.raises(ValueError, match="is not a weight"):
             read(f"{path}:{wrong}")
+    few = write_jsonl(tmp_path / "few.jsonl", range(4))
+    assert len(read(f"{few}:0.1")) == 1  # a file that is named contributes something
 
 
 def test_held_out_examples_and_their_copies_are_not_in_the_training_data():
@@ -412,3 +414,179 @@ def test_dialogues_in_one_text_are_refused_and_history_gets_no_loss():
     record = dict(prompt="q", answer="a", history=[["p", "b"]])
     weights = [message.get("weight", 1) for message in records.to_messages(record)]
     assert weights == [0, 0, 0, 1]
+
+
+# --------------------------------------------------------------------- keys and other chat formats
+SYSTEM, EMPTY = dialog("a", "b", system="Be a fox."), {"role": "system", "content": " "}
+MEANING = [
+    "loss_weight masked unmask train_detail training trainOnTurn sys_prompt systemMessage contexts",
+    "context input prompt question documents tool_choice available_functions image_url persona",
+]
+
+
+@pytest.mark.parametrize("key", " ".join(MEANING).split())
+def test_a_key_that_changes_what_a_record_means_is_refused_by_its_name(key):
+    refused = pytest.raises(ValueError, match=f'"{key}" is not supported')
+    with refused:
+        records.to_messages({"messages": [USER, ANSWER], key: 0})
+    with refused:
+        records.to_messages({"messages": [USER, ANSWER | {key: 0}]})
+    if key not in ("prompt", "messages"):
+        with refused:
+            records.to_pair(PAIR | {key: "x"})
+
+
+def test_a_key_that_only_repeats_or_describes_the_dialogue_is_harmless():
+    both = dict(chosen=[USER, ANSWER], rejected=[USER, ANSWER | {"content": "c"}])
+    record = dict(prompt="a", messages=[USER, ANSWER], **both, prompt_id="x", score_chosen=5.0)
+    assert records.to_messages(record) == [USER, ANSWER]  # UltraFeedback's keys
+    assert records.to_pair(record).messages == records.read_prompt(record) == [USER]
+    described = dict(system_prompt_id=3, context_length=9, source="web", text="Human: a")
+    assert records.to_messages({"messages": [USER, ANSWER], **described}) == [USER, ANSWER]
+
+
+def test_keys_that_nothing_is_known_of_are_printed_once_a_file(tmp_path, capsys):
+    record = dict(messages=[USER | {"mood": 1}, ANSWER], views=3, id=1, model_name="x")
+    path = write_jsonl(tmp_path / "a.jsonl", [record] * 3)
+    records.read_records([path], records.to_messages)
+    assert capsys.readouterr().out == f"{path}: keys not used: mood, views\n"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        dict(prompt="a", completion=" b"),
+        dict(prompt=[USER], completion=[ANSWER]),
+        dict(prompt="a", response="b"),
+        dict(question="a", answer="b"),
+        dict(query="a", response="b"),
+        dict(instruction="a", response="b</s>"),
+        dict(conversation=[USER, EMPTY, ANSWER]),
+        dict(messages=[EMPTY, USER, ANSWER], system=" ", label=" "),
+        dict(messages=[USER, ANSWER | {"content": "b<|im_end|>\n"}]),
+    ],
+)
+def test_questions_and_answers_under_other_keys_give_the_same_tokens(tok, record):
+    expected = train_sft.encode_example({"messages": [USER, ANSWER]}, tok, 64)
+    assert train_sft.encode_example(record, tok, 64) == expected
+    record = record | {"system_prompt": "Be a fox."}
+    assert train_sft.encode_example(record, tok, 64).tokens == encode_dialog(tok, SYSTEM)[0]
+
+
+def test_what_an_instruction_is_about_may_be_called_context():
+    record = dict(instruction="Who sat?", context="The hen sat.", response="The hen")
+    assert records.to_messages(record)[0]["content"] == "Who sat?\n\nThe hen sat."
+
+
+FOREIGN = [
+    "Human:hi\nAssistant:yo\nHuman:2+3?\nAssistant:",
+    "### Human: hi### Assistant: yo",
+    "Below is a task.\n\n### Instruction:\nhi\n\n### Response:\n",
+    "A chat with an AI. USER: hi ASSISTANT:",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>",
+    "<bos><start_of_turn>user\nhi<end_of_turn>",
+    "<s><|im_start|>user\nhi",
+    "Be kind.\n<|user|>\nhi</s>\n<|assistant|>",
+    str([USER, ANSWER]),
+    json.dumps(USER),
+]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_dialogue_of_another_chat_format_is_refused_in_every_field(tok, text):
+    for parse, record in (
+        (records.to_messages, dict(messages=dialog(text, "b"))),
+        (records.to_messages, dict(instruction=text, output="b")),
+        (records.to_messages, dict(messages=[USER, ANSWER], history=[[text, "b"]])),
+        (records.to_pair, PAIR | dict(prompt=text)),
+        (lambda record: records.to_prompt(record, tok, 200), dict(prompt=text)),
+        (records.to_text, dict(text=text)),
+    ):
+        with pytest.raises(ValueError, match="as messages"):
+            parse(record)
+    with pytest.raises(ValueError, match="as messages"):
+        records.to_pair(PAIR | dict(chosen=json.dumps([ANSWER])))
+
+
+@pytest.mark.parametrize(
+    "question, answer",
+    [
+        ("USER: root logged in. What does the log say?", "a line with ### Instruction: in it"),
+        ("Human: is it a species?", "USER: x\nASSISTANT: y"),
+        ("What does <|im_start|> mean?", "It begins a turn:\n<|im_start|>user"),
+        ("Sum up:\nUser: hi\nAssistant: yo\nThank you.", 'As JSON: {"from": "me", "value": 3}'),
+        ("Strike it out.", "<s>it</s>"),
+    ],
+)
+def test_a_text_may_speak_of_other_chat_formats(question, answer):
+    messages = dialog(question, answer)
+    assert records.to_messages({"messages": messages}) == messages
+
+
+@pytest.mark.parametrize("text", [" " * 99999, "\n" * 99999, "USER: x\n" * 9999, "</s>" * 9999])
+def test_a_long_text_is_searched_for_marks_in_linear_time(text):
+    records.check_text(text, 1)
+    records.without_end(text)
+
+
+def test_a_text_may_have_an_id_but_no_end_mark_and_must_not_be_empty():
+    assert records.to_text({"text": "The hen sat.<|endoftext|>", "id": 3}) == "The hen sat."
+    with pytest.raises(records.SkipRecord, match="empty text"):
+        records.to_text({"text": " "})
+    with pytest.raises(ValueError, match='"label" is not supported'):
+        records.to_text({"text": "a", "label": 1})
+
+
+# ------------------------------------------------------------------------ pairs of several turns
+def test_a_prompt_beside_whole_dialogues_must_repeat_them():
+    whole = dict(chosen=dialog("a", "b"), rejected=dialog("a", "c"))
+    assert records.to_pair(whole | dict(prompt=SYSTEM[:2])).messages == SYSTEM[:2]
+    earlier = dialog("x", "y", "a")
+    assert records.to_pair(whole | dict(prompt=earlier)).messages == earlier
+    with pytest.raises(ValueError, match="two different dialogues"):
+        records.to_pair(whole | dict(prompt="bye?"))
+
+
+def test_answers_of_several_turns_are_left_out_unless_only_the_last_one_differs():
+    chosen, rejected = (dialog("a", text, "more", text + "!")[1:] for text in "bc")
+    with pytest.raises(records.SkipRecord, match="answers of several turns"):
+        records.to_pair(dict(prompt=[USER], chosen=chosen, rejected=rejected))
+    pair = records.to_pair(dict(prompt=[USER], chosen=chosen, rejected=[*chosen[:2], rejected[2]]))
+    assert (pair.messages, pair.rejected) == (dialog("a", "b", "more"), "c!")
+
+
+def test_transcripts_may_be_split_after_the_prompt_and_have_windows_line_ends():
+    split = dict(chosen="\n\nAssistant: b", rejected="\n\nAssistant: c")
+    split["prompt"] = hh_text("a")
+    whole = dict(chosen=hh_text("a", "b"), rejected=hh_text("a", "c"))
+    waiting = PAIR | dict(prompt=hh_text("a") + "\n\nAssistant:")
+    for record in (split, whole, waiting):
+        windows = {key: text.replace("\n", "\r\n") for key, text in record.items()}
+        for pair in map(records.to_pair, (record, windows)):
+            assert (pair.messages, pair.chosen, pair.rejected) == ([USER], "b", "c")
+
+
+# ------------------------------------------------------------------------------- files and counts
+def test_all_left_out_records_are_counted_though_few_reasons_are_shown(tmp_path):
+    def parse(number):
+        raise ValueError("bad " + "x" * number)
+
+    path = write_jsonl(tmp_path / "a.jsonl", range(10))
+    _, left_out = records.read_records([path], parse, skip_bad=True)
+    assert left_out.total() == 10
+    assert left_out["other reasons"] == 4
+
+
+@pytest.mark.parametrize("name", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_in_utf_16_is_named_before_a_line_is_used(tmp_path, name):
+    path = tmp_path / "a.jsonl"
+    for text in ('{"prompt": "a"}\n' * 3, '[{"prompt": "a"}]'):
+        path.write_bytes(text.encode(name))
+        with pytest.raises(ValueError, match="UTF-16 or UTF-32, expected UTF-8: convert it first"):
+            records.read_records([path], lambda record: record, skip_bad=True)
+
+
+@pytest.mark.parametrize("spec", [r"C:\data\a.jsonl", "2024-11-28T10:30/a.jsonl", "https://a.b/c"])
+def test_a_missing_file_whose_name_has_a_colon_does_not_exist(spec):
+    with pytest.raises(ValueError, match="does not exist"):
+        records.split_weight(spec)

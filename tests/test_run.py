@@ -237,3 +237,23 @@ def test_processes_wait_for_hours_while_one_prepares_data(monkeypatch):
     training.setup("cpu")
     torch.set_num_threads(threads)
     assert settings["timeout"].total_seconds() >= 3600
+
+
+def test_a_new_run_deletes_all_shards_of_an_old_model(tmp_path):
+    config = write_run(tmp_path, FINISHED)
+    (tmp_path / "consolidated.01.pth").write_bytes(b"old")
+    runs.Run(tmp_path, replace(config, overwrite=True)).begin(stub_model(), None, 4)
+    assert not list(tmp_path.glob("*.pth"))
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "consolidated.01.pth").write_bytes(b"of another program")
+    with pytest.raises(ValueError, match=r"holds consolidated.01.pth, but no run wrote it"):
+        runs.Run(tmp_path, config)
+
+
+def test_memory_settings_are_left_out_where_the_c_library_has_no_name(monkeypatch):
+    def library(name):  # as on Windows
+        if name is None:
+            raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr(training.ctypes, "CDLL", library)
+    training.keep_freed_memory()

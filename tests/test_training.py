@@ -245,6 +245,16 @@ def test_rejection_sampling_continues_after_ctrl_c_while_it_samples(
     assert not list(tmp_path.glob("sampled.*"))
 
 
+def test_rejection_sampling_does_not_continue_on_other_answers(
+    tmp_path, inputs, monkeypatch, expect_error
+):
+    script, config = stage("rejection-sampling", inputs, tmp_path)
+    crash(script, config, monkeypatch, step=4)
+    best = tmp_path / "best.jsonl"
+    best.write_text("".join(best.read_text().splitlines(keepends=True)[:-1]))
+    expect_error(script, replace(config, resume=True), "best.jsonl has changed", "--overwrite")
+
+
 # ----------------------------------------------------------------------------- looks while training
 @pytest.mark.parametrize(
     "name, metric", [("pretrain", "val/stories"), ("sft", "val_loss"), ("rm", "accuracy")]
