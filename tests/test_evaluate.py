@@ -406,7 +406,7 @@ def test_samples_of_ppo_are_judged_by_the_truth_at_each_step(tmp_path, inputs, t
     "option, line, error",
     [
         ("prompts", '{"topic": "fact"}', "expected an object with"),
-        ("prompts", '{"prompt": "USER: a"}', "a role mark of another chat format"),
+        ("prompts", '{"prompt": "<|user|>a"}', "a mark of another chat format"),
         ("prompts", '{"prompt": "a", "topic": "fact", "truth": 1}', "expected a prompt of Tiny"),
         ("prompts", '{"prompt": "a", "topic": "news", "truth": 1}', "expected a prompt of Tiny"),
         ("prompts", "{", "broken JSON"),

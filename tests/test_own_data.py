@@ -24,7 +24,7 @@ SHORT = {  # options that make a command of the README take seconds
     "train_sft.py": "--epochs 4 --batch-size 2",
     "data.preferences": "--max-new-tokens 12",
     "train_rm.py": "--val-fraction 0 --lr 1e-4",
-    "train_rlhf.py": "--samples 2 --iterations 2 --batch-size 4 --mini-batch 4 --max-new-tokens 40",
+    "train_rlhf.py": "--iterations 2 --max-new-tokens 40",
     "data.ghost_attention": "--max-new-tokens 12",
     "llama2.py": "--max-new-tokens 5",
 }
@@ -32,6 +32,9 @@ SHORT = {  # options that make a command of the README take seconds
 
 def execute(command, monkeypatch):
     """Run `python command` in this process, because importing torch takes long."""
+    if command.startswith("train_rlhf.py"):
+        is_ppo = "--method ppo" in command
+        command += " --batch-size 4 --mini-batch 4" if is_ppo else " --samples 2"
     words = command.split()
     module = words[0] == "-m"
     name, *options = words[1:] if module else words
