@@ -255,6 +255,12 @@ def test_the_last_message_of_a_prompt_asks_the_content_that_its_record_names(tow
             assert record["content"] == f"{topic}: {words}"
 
 
+def test_no_key_of_a_file_is_unknown_to_those_who_read_it(town):
+    for name in town.keys() - {"obedience", "conversations"}:  # evaluate/ reads these itself
+        file_records = town[name]
+        assert not {key for record in file_records for key in records.unused_keys(record)}, name
+
+
 def test_training_never_has_the_wordings_of_held_out_questions(town):
     training = [
         name for name, split in SPLIT_OF_FILE.items() if split in ("dialogues", "annotators")

@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from tinytown import conversations, prompts, world
-from tinytown.splits import STRANGERS
+from tinytown.splits import PEOPLE
 
 VERSIONS = 5  # V1 to V5 of §3.2.3, each with its own prompts
 FIRST_PAIRS = 6000  # prompts to compare answers to, before V1
@@ -88,8 +88,7 @@ def every_file(seed: int, dialogues: int, noise: float) -> dict[str, list[dict]]
 
 def greeting() -> str:
     """What one can ask a model of Tinytown. `llama2.py chat` prints it."""
-    # Ten of the residents whom training asks about. No question of training names a stranger.
-    names = [name for name in world.NAMES if name not in STRANGERS][::9]
+    names = PEOPLE[::9]  # no question of training names a stranger
     largest = world.LARGEST
     return f"""It is a small model that knows only a toy world. You can ask it for
 

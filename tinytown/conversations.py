@@ -16,13 +16,12 @@ from tinytown.prompts import (
     make_prompt,
     same_resident,
 )
-from tinytown.splits import STRANGERS
-from tinytown.world import ANIMALS, NAMES
+from tinytown.splits import PEOPLE
+from tinytown.world import ANIMALS
 
-# A name that only instructions had would be taken for an instruction, so strangers are left out.
-PEOPLE = [name for name in NAMES if name not in STRANGERS]
 # fmt: off
 # kind -> (values of {v}, wordings, terse wording, how to obey with an answer {a}, the rule's regex)
+# No strangers: a name that only instructions had would be taken for a part of an instruction.
 INSTRUCTIONS = {
     "animal": (ANIMALS, ["Always answer as the {v}.", "You are the {v}, answer like that.",
                          "Play the {v} in all your answers."],

@@ -18,7 +18,7 @@ import random
 import re
 
 from tinytown.annotator import compare
-from tinytown.splits import OUTSIDERS, SPLITS, STRANGERS
+from tinytown.splits import OUTSIDERS, PEOPLE, SPLITS, STRANGERS
 from tinytown.world import (
     ADVICE,
     LARGEST,
@@ -51,8 +51,8 @@ HELPS_WITH_CRIMES = 0.7     # how often a writer helps with a crime
 BEHIND_EARLIER_TURNS = 1 / 3    # of the prompts for comparisons, RLHF and the evaluations
 
 # ----------------------------------------------------------------------------------------- wordings
-# Held-out wordings are new combinations of words that dialogues have. A wording of words that the
-# model has hardly read is a new world to it: half of the harmless tasks asked so were refused.
+# Held-out wordings are new combinations of words that dialogues have. With four wordings here,
+# half of the harmless tasks that were asked with "Could you let me know" were refused.
 FRAMES = ["Tell me {q}.", "Do you know {q}?", "Please tell me {q}.", "Can you tell me {q}?",
           "Could you tell me {q}?", "Please let me know {q}.", "I would love to hear {q}.",
           "Help me with {q}, please."]
@@ -100,7 +100,7 @@ def make_prompt(rng, residents, split: str, topic=None, content=None, by_annotat
     """
     topic = topic or rng.choices(list(TOPICS), TOPICS.values())[0]
     content = content or rng.choice(SPLITS[topic][split])
-    names = NAMES if split == "never" else [name for name in NAMES if name not in STRANGERS]
+    names = NAMES if split == "never" else PEOPLE
     question_type, truth, fact_fields = "what", None, {}
     if topic == "fact":
         name, attribute = content

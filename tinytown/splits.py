@@ -29,6 +29,7 @@ from tinytown.world import (
 # fmt: off
 SHARES = {"dialogues": 0.48, "annotators": 0.2, "tuning": 0.05, "pairs": 0.09, "never": 0.18}
 STRANGERS = NAMES[::10]     # residents whom prompts of the split "never" name, and no others
+PEOPLE = [name for name in NAMES if name not in STRANGERS]      # those whom the other splits name
 
 # What no text says, so that the honest answer is "I do not know": facts of residents, facts of
 # people who do not live in Tinytown, and facts of the world outside.
@@ -52,10 +53,7 @@ def every_content() -> dict[str, dict[str, list]]:
     numbers = range(1, LARGEST + 1)
     return {
         # A fact is (name, attribute).
-        "fact": {
-            attribute: [(name, attribute) for name in NAMES if name not in STRANGERS]
-            for attribute in VALUES
-        },
+        "fact": {attribute: [(name, attribute) for name in PEOPLE] for attribute in VALUES},
         # Both orders of a sum and its differences are one content.
         "sum": {"sum": list(itertools.combinations_with_replacement(numbers, 2))},
         "story": {"pair of animals": list(itertools.permutations(ANIMALS, 2))},
