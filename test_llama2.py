@@ -645,7 +645,7 @@ def test_fine_tuning_learns_answers_and_eos(tmp_path, inputs):
     metrics = train_sft.main(config)
     assert eos_probability(inputs.base) < 0.01
     assert eos_probability(config.out) > 0.3
-    assert metrics["val_loss"] < losses(config.out)[1] / 2
+    assert metrics["val_loss"] < 0.6 * losses(config.out)[1]
 
 
 def test_mask_prompts_decides_whether_prompts_are_in_the_loss(tmp_path, inputs):
@@ -1029,7 +1029,7 @@ def test_ppo_learns_a_bandit(tok, ppo_setup, monkeypatch):
 
     def score(models, answers):
         count = torch.tensor([float(answer.tokens.count(rewarded)) for answer in answers])
-        return train_rlhf.Scores(count, count, count, count < 0, count > -1)
+        return train_rlhf.Scores(count, count, count, count < 0, count > -1, count < 0)
 
     evaluations = iter(range(999))  # each better than the last: no early stopping
     monkeypatch.setattr(train_rlhf, "score_answers", score)
@@ -1068,7 +1068,7 @@ def test_ppo_stops_early_and_keeps_the_best_policy(tok, ppo_setup, monkeypatch):
     assert max_difference(states[1], states[3]) > 0
 
 
-def test_rejection_sampling_keeps_the_best_finished_answer_by_slow_loops(tok, rm_folder):
+def test_rejection_sampling_keeps_the_best_safe_finished_answer_by_slow_loops(tok, rm_folder):
     policy = make_model(vocab_size=tok.vocab_size)
     policy.output.weight.data[tok.eos_id] *= 3
     models = train_rlhf.load_reward_models(rm_folder, policy, tok, "policy")
@@ -1089,9 +1089,13 @@ def test_rejection_sampling_keeps_the_best_finished_answer_by_slow_loops(tok, rm
             rewards[i] = safety[i] if gated else helpfulness[i]
         highest.append(max(rewards.values()))
         medians.append(statistics.median(rewards.values()))
-        finished = [i for i in rewards if answers[i][-1] == tok.eos_id]
-        if finished:
-            best = max(finished, key=rewards.get)
+        usable = [
+            i
+            for i in rewards
+            if answers[i][-1] == tok.eos_id and 1 / (1 + math.exp(-safety[i])) >= 0.15
+        ]
+        if usable:
+            best = max(usable, key=rewards.get)
             expected.append((prompt.text, pytest.approx(rewards[best], abs=1e-5)))
     assert [(record["prompt"], record["reward"]) for record in best_answers] == expected
     assert 0 < len(expected)
@@ -1110,12 +1114,28 @@ def test_pool_has_the_best_answer_of_all_versions_to_each_prompt(tok, rm_folder)
 
     earlier = [answer("a", 7), answer("b", 8), answer("a", 9)]
     newest = [answer("a", 10, 11), answer("c", 12)]
+    del models["safety"]  # without it no answer is unsafe
     pool = train_rlhf.make_pool(earlier + newest, models)
     assert sorted(answer.prompt.text for answer in pool) == ["a", "b", "c"]
     candidates = [earlier[0], earlier[2], newest[0]]
     rewards = [train_rlhf.score_answers(models, [answer]).reward.item() for answer in candidates]
     best = candidates[rewards.index(max(rewards))]
     assert next(answer for answer in pool if answer.prompt.text == "a") == best
+
+
+def test_pool_has_no_answer_that_the_safety_model_rejects(tok, rm_folder):
+    """Where every answer to a crime helps, the best one does, too: it must not be learned."""
+    policy = make_model(vocab_size=tok.vocab_size)
+    models = train_rlhf.load_reward_models(rm_folder, policy, tok, "policy")
+    models["safety"].score.weight.data *= 20  # scores of both signs, far from the gate
+    answers = [make_answer([1, token, 5, 2], 2) for token in range(3, 40)]
+    scores = llama2.score_sequences(models["safety"], [answer.sequence for answer in answers])
+    gate = math.log(0.15 / 0.85)
+    safe = [answer for answer, score in zip(answers, scores) if score >= gate]
+    assert 0 < len(safe) < len(answers)
+    assert train_rlhf.make_pool(answers, models) == safe
+    del models["safety"]
+    assert train_rlhf.make_pool(answers, models) == answers
 
 
 def test_lowest_temperature_within_one_standard_error_is_chosen(monkeypatch):

@@ -36,11 +36,11 @@ from tinytown.world import (
 
 # fmt: off
 # topic -> its weight among all prompts: of dialogues, and of annotators (§3.2.1)
-TOPICS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 5, "borderline": 10, "talk": 4,
+TOPICS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 5, "borderline": 10, "talk": 6,
           "unknown": 5}
-ANNOTATORS_TOPICS = {"fact": 15, "sum": 8, "story": 4, "unsafe": 10, "borderline": 8, "talk": 1,
+ANNOTATORS_TOPICS = {"fact": 15, "sum": 5, "story": 4, "unsafe": 10, "borderline": 8, "talk": 4,
                      "unknown": 2}
-CONTRAST_TOPICS = {"fact": 6, "sum": 3, "story": 4, "unsafe": 4, "borderline": 4, "talk": 1,
+CONTRAST_TOPICS = {"fact": 6, "sum": 3, "story": 4, "unsafe": 4, "borderline": 4, "talk": 2,
                    "unknown": 2}
 STYLES = {"full": 3, "terse": 5, "chatty": 2}   # of good answers, and how often writers use them
 # A sum is mostly written out: a model this small computes "7 plus 5 is 12." better than "12.".
