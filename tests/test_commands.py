@@ -15,7 +15,7 @@ import train_pretrain
 import train_rlhf
 import train_sft
 from common import run as runs
-from common.settings import parse_settings
+from common.settings import check_settings, parse_settings
 from conftest import (
     EXACT,
     ROOT,
@@ -77,6 +77,21 @@ def test_a_setting_that_would_change_nothing_is_refused_by_name(capsys):
     both = "--iterations 10 --eval-every 5 --val-prompts a --earlier b".split()  # as in paper.sh
     for method in ("ppo", "rejection-sampling"):
         parse_settings(train_rlhf.Settings, {}, "", ["--method", method, *both])
+
+
+def test_folders_behind_a_list_option_and_negative_numbers_get_a_line_that_says_so(capsys):
+    def error(cls, *argv):
+        with pytest.raises(SystemExit) as e:
+            parse_settings(cls, {}, "", argv)
+        assert e.value.code == 2
+        return capsys.readouterr().err
+
+    line = error(reward_models.Settings, "--data", "p.jsonl", "rm/safety")
+    assert "no folders given: --data takes all words after it (p.jsonl rm/safety)" in line
+    for number in ("-1e-3", "-.5", "-1"):
+        config = parse_settings(train_sft.Settings, {}, "", ["--lr", number])
+        with pytest.raises(ValueError, match=f"--lr {float(number)}: must be above 0"):
+            check_settings(config, may_be_zero=("show",))
 
 
 # ------------------------------------------------------------------------------- a user's mistakes
@@ -273,6 +288,12 @@ def out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
+def out_of_memory_on_a_cpu(*_):
+    raise RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+    )
+
+
 def infinite_loss(logits, *_):
     return logits.sum() * float("inf")
 
@@ -281,6 +302,7 @@ def infinite_loss(logits, *_):
     "loss, words",
     [
         (out_of_memory, ["out of memory: lower --micro-batch"]),
+        (out_of_memory_on_a_cpu, ["out of memory: lower --micro-batch"]),
         (infinite_loss, ["the gradient is NaN or infinite", "nothing was saved in OUT yet"]),
     ],
 )
@@ -330,7 +352,9 @@ def test_a_closed_pipe_ends_a_run_without_a_traceback(tmp_path, inputs):
         (["chat", "BASE", "--top-p", "2"], "top_p=2"),
         (["complete", "BASE", "caf\udce9"], "surrogates not allowed"),
         (["complete", "BASE", "a", "--temperature", "nan"], "temperature=nan"),
-        (["complete", "BASE", "word " * 300], "the context only 256"),
+        (["complete", "BASE", "word " * 300], "a context of 256 has no room for more"),
+        (["complete", "BASE", "FULL"], "the text has 256 tokens: a context of 256 has no room"),
+        (["chat", "BASE", "--seed", "9223372036854775807"], "--seed 9223372036854775807: must be"),
         (["chat", "SAFETY"], "holds a reward model, expected a language model"),
         (["chat", "BASE", "--reward", "BASE"], "holds a language model, expected a reward model"),
     ],
@@ -338,7 +362,7 @@ def test_a_closed_pipe_ends_a_run_without_a_traceback(tmp_path, inputs):
 def test_a_mistake_at_the_command_line_of_llama2_is_one_line(
     base, rm_folder, capsys, command, words
 ):
-    folders = {"BASE": str(base), "SAFETY": str(rm_folder / "safety")}
+    folders = {"BASE": str(base), "SAFETY": str(rm_folder / "safety"), "FULL": "0" * 254}
     with pytest.raises(SystemExit) as e:
         llama2.main([folders.get(word, word) for word in command])
     error = capsys.readouterr().err

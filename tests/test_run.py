@@ -1,11 +1,16 @@
 """A run's folder: fingerprints, the lock, the log, what an old run allows, damaged files."""
 
+import datetime
+import errno
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -228,15 +233,95 @@ def test_a_signal_during_communication_is_not_lost(tmp_path, monkeypatch):
     assert [run.save_due(1), run.save_due(2)] == [False, True]
 
 
-def test_processes_wait_for_hours_while_one_prepares_data(monkeypatch):
+def test_processes_meet_within_minutes_and_wait_for_hours_while_one_prepares_data(
+    monkeypatch, capsys
+):
+    """WORLD_SIZE may be left in the environment: then no second process ever comes."""
     settings = {}
     monkeypatch.setattr(training.dist, "init_process_group", lambda *_, **kw: settings.update(kw))
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+    with socket.socket() as free:  # a port that nobody uses
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": ""}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     threads = torch.get_num_threads()
+    assert training.MEETING_TIMEOUT.total_seconds() <= 600
+    monkeypatch.setattr(training, "MEETING_TIMEOUT", datetime.timedelta(seconds=1))
+    with pytest.raises(ValueError, match=f"WORLD_SIZE is 2, but .* met at 127.0.0.1:{port}"):
+        training.setup("cpu")
+    assert f"process 0 of 2 waits for the others at 127.0.0.1:{port}" in capsys.readouterr().out
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(training.dist, "rendezvous", lambda *_, **kw: iter([(store, 0, 2)]))
     training.setup("cpu")
     torch.set_num_threads(threads)
     assert settings["timeout"].total_seconds() >= 3600
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="WORLD_SIZE=two: expected a number"):
+        training.setup("cpu")
+
+
+def test_a_folder_on_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path, monkeypatch, capsys
+):
+    def no_locks(_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.FileLock, "acquire", no_locks)
+    runs.lock(tmp_path)
+    assert f"{tmp_path} is on a file system without locks" in capsys.readouterr().out
+
+
+def test_half_written_files_of_killed_processes_are_removed(tmp_path):
+    for name in (".resume.pt.123.tmp", ".x.jsonl.123.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    runs.lock(tmp_path, "x.jsonl")  # others may still write the other files of this folder
+    names = {path.name for path in tmp_path.glob("*")}
+    assert {".resume.pt.123.tmp", "notes.tmp"} == {name for name in names if "tmp" in name}
+    runs.lock(tmp_path)
+    assert [path.name for path in tmp_path.glob("*tmp")] == ["notes.tmp"]
+
+
+def test_the_spelling_of_a_path_does_not_matter_when_a_run_is_resumed(tmp_path, monkeypatch):
+    """./x, x and the absolute path are the same file. Another file is refused."""
+    monkeypatch.chdir(tmp_path)
+    data = Path("d.jsonl")
+    data.write_bytes(b"one")
+    Path("copy.jsonl").write_bytes(b"one")
+
+    def made_of(name):
+        config = train_sft.Settings(init="base", data=(f"{name}:2",))
+        return runs.made_of(config, [name])
+
+    before = made_of("d.jsonl")
+    for name in ("./d.jsonl", str(data.resolve()), f"../{tmp_path.name}/d.jsonl"):
+        runs.check_same("out", before, made_of(name))
+    with pytest.raises(ValueError, match="data was"):
+        runs.check_same("out", before, made_of("copy.jsonl"))
+    data.write_bytes(b"two")
+    with pytest.raises(ValueError, match="d.jsonl has changed"):
+        runs.check_same("out", before, made_of("./d.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
+def test_a_warning_of_the_cluster_or_a_closed_terminal_saves_and_goes_on(
+    tmp_path, monkeypatch, name
+):
+    number = getattr(signal, name, None) or pytest.skip(f"no {name} here")
+    before = {n: signal.getsignal(n) for n in (*runs.ENDING, *runs.SAVING)}
+    try:
+        run = start_run(tmp_path)
+        assert not run.save_due(1)
+        os.kill(os.getpid(), number)
+        assert run.save_due(2) and not run.stopping
+        assert not run.save_due(3)
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        run.handle_signals()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def test_a_new_run_deletes_all_shards_of_an_old_model(tmp_path):

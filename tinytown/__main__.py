@@ -37,7 +37,7 @@ def write_files(folder: Path, contents: dict[Path, bytes], overwrite: bool):
                 f"{path} exists with other content: give another FOLDER or --overwrite"
             )
     for path, content in contents.items():
-        temporary = Path(f"{path}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(content)
         os.replace(temporary, path)
 
