@@ -105,13 +105,13 @@ table_8() {
 ghost_attention() {
     run train_sft.py --resume --no-pack --init "$OUT/rlhf/v3" --seq-len 1024 --epochs 1 \
         --batch-size 4 --out "$OUT/instructed" --data "$TOWN/instructed.jsonl" \
-        "$TOWN/stopped.jsonl:0.5" "$TOWN/long-dialogues.jsonl:0.2" \
+        "$TOWN/stopped.jsonl:0.5" "$TOWN/long-dialogues.jsonl" \
         "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl"
     run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
         --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
     run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
         --batch-size 3 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl:2" \
-        "$TOWN/instructed.jsonl:0.1" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl" \
+        "$TOWN/instructed.jsonl:0.1" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl:2" \
         "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl:0.5"
     examine obedience evaluate.answers "$OUT/instructed" "$OUT/gatt" --count 40 \
         --max-new-tokens 48 --obedience "$TOWN/obedience.jsonl"
