@@ -1,9 +1,10 @@
 """The README's table of results, of one run of paper.sh or of several seeds.
 
-    python -m evaluate.summary out                          one run
+    python -m evaluate.summary out                          one run, and what is expected
     python -m evaluate.summary out out/seed2 out/seed3      mean and standard deviation over seeds
 
-It reads what paper.sh wrote to OUT/results. A result in the table is a percentage.
+It reads what paper.sh wrote to OUT/results. A result in the table is a percentage. What is expected
+are results over seeds of this project's authors, in expected.json; --json FILE writes such a file.
 """
 
 import statistics
@@ -13,8 +14,9 @@ from pathlib import Path
 from common.run import run_script
 from common.tables import table
 from evaluate.answers import TURNS
-from llama2 import load_json
+from llama2 import load_json, matmul_dtype, write_json
 
+EXPECTED = Path(__file__).with_name("expected.json")
 VERSIONS = ("sft", "v1", "v2", "v3", "v4", "v5")
 
 
@@ -22,6 +24,7 @@ VERSIONS = ("sft", "v1", "v2", "v3", "v4", "v5")
 class Settings:
     folders: tuple = ("out",)  # of runs of paper.sh that differ in their seed
     markdown: bool = False  # print the table in Markdown
+    json: str = ""  # file to write the results to
 
     POSITIONAL = "folders"  # given without --folders
 
@@ -93,26 +96,54 @@ def cell(numbers: list[tuple[float, ...]]) -> str:
     return ", ".join(" ± ".join(f"{x:.0f}" for x in number) for number in numbers)
 
 
+def precision_of(folder: Path) -> str:
+    """The precision of a run's matrix products, as its settings and this machine give it."""
+    config = load_json(folder / "sft/config.json")
+    device = "cpu" if config["device"] == "auto" else config["device"]
+    return matmul_dtype(config["dtype"], device)
+
+
+def with_headings(rows: list[list[str]]) -> list[list[str]]:
+    """The rows with one column of names: a stage is a row of its own, its measures are below it."""
+    _, measure, *columns = rows[0]
+    short = [[measure, *columns]]
+    for stage, measure, *rest in rows[1:]:
+        if stage:
+            short.append([stage, *[""] * len(rest)])
+        short.append([f"  {measure}", *rest])
+    return short
+
+
 def main(config: Settings) -> dict:
-    """Print the table; returns {(stage, measure): [(mean, deviation) in percent, ...]}."""
+    """Print the table; returns {measure: [(mean, deviation) in percent, ...]}."""
     runs = [results_of(Path(folder)) for folder in config.folders]
+    expected = load_json(EXPECTED) if EXPECTED.exists() and len(runs) == 1 else {}
     rows, collected = [["stage", "measure, in percent", "this run"]], {}
     if len(runs) > 1:
-        rows[0][-1] = f"{len(runs)} runs"
+        rows[0][-1] = f"{len(runs)} seeds"
+    if expected:
+        rows[0].append(f"expected, {expected['seeds']} seeds")
+    of_stage = ""  # of the last row that names one
     for key in runs[0]:
         numbers = []
         for values in zip(*(run[key] for run in runs)):
             percent = [100 * value for value in values]
             deviation = (statistics.stdev(percent),) if len(percent) > 1 else ()
             numbers.append((statistics.mean(percent), *deviation))
-        collected[key] = numbers
         stage, measure = key
+        of_stage = stage or of_stage
+        name = f"{of_stage}: {measure}"
+        collected[name] = numbers
         rows.append([stage, measure, cell(numbers)])
-    if not config.markdown:  # one column of names: only the first column is aligned to the left
-        for row in rows:
-            stage, measure, *rest = row
-            row[:] = [f"{stage}: {measure}" if stage else f"    {measure}", *rest]
-    print(table(rows, config.markdown))
+        if expected:
+            rows[-1].append(cell(expected["results"].get(name, [])))
+    if config.markdown:
+        print(table(rows, markdown=True))
+    else:
+        print(table(with_headings(rows)))
+        print(f"matrix products in {precision_of(Path(config.folders[0]))}")
+    if config.json:
+        write_json(config.json, {"seeds": len(runs), "results": collected})
     return collected
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import statistics
 import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import llama2
 from bench import deviation, ghost, margin, rlhf, speed, stages
 from bench.ghost import attention_weights
 from conftest import ARGS, EXACT, ROOT, dialog, make_model, max_difference, write_jsonl
+from data.formats import KINDS
 from data.records import Answer, Prompt, read_json, to_prompt, user_message
 from evaluate import (
     answers,
@@ -29,9 +31,10 @@ from evaluate import (
     read_town_prompts,
     reward_models,
     scoreboard,
+    summary,
     wilson,
 )
-from llama2 import compute_freqs_cis, encode_dialog, load, save
+from llama2 import compute_freqs_cis, encode_dialog, load, save, write_json
 from tinytown.annotator import judge
 
 FACT = dict(topic="fact", name="Mira", attribute="pet", truth="goat", about="Mira's pet")
@@ -556,3 +559,66 @@ def test_the_speed_benchmark_does_the_work_that_it_counts():
         change = max_difference(work.model.state_dict(), before)
         assert (change > 0) is (name in ("train", "ppo"))
         before = copy.deepcopy(work.model.state_dict())
+
+
+# --------------------------------------------------------------------------- the table of results
+def write_results(folder, value: float):
+    """The files of a run that evaluate.summary reads. All shares are `value`."""
+    pairs = [f"v{v} - {f'v{v - 1}' if v > 1 else 'sft'}" for v in range(1, 6)]
+    pairs += ["v5 - sft", "v5 - sft at T=0.3", "v5 - v5-rejection"]
+    row = {"violations": value, "false refusals": value}
+    board = {"direct": {mode: {pair: {"wins": value} for pair in pairs} for mode in WAYS}}
+    board["chat"] = dict.fromkeys(summary.VERSIONS, row)
+    groups = dict.fromkeys(
+        ("asked", "never asked"), {"correct": [value] * 8, "in role, all turns": value}
+    )
+    kinds = {f"{kind} pairs, {kind}": {"significantly": value} for kind in KINDS}
+    facts = {"never asked": {"fact": {"v1/helpfulness": [value, 0.1]}}}
+    right = dict.fromkeys(("facts right", "sums right", "stories right"), value)
+    for name, results in {
+        "recall": {"pretrain": value},
+        "sft": {"sft": right},
+        "reward-models": kinds,
+        "scoreboard": board,
+        "knowledge": {"pairs": facts},
+        "obedience": {"gatt": {"trained instructions": {"obey": [value] * 6}}},
+        "conversations": {"v5": groups, "gatt": groups},
+    }.items():
+        write_json(folder / f"results/{name}.json", results)
+    write_json(folder / "sft/config.json", {"device": "cpu", "dtype": "float32"})
+    return str(folder)
+
+
+WAYS = ("greedy", "chat")
+
+
+def test_the_table_of_results_shows_means_over_seeds_and_what_is_expected(
+    tmp_path, capsys, monkeypatch
+):
+    for name in ("a/results", "a/sft", "b/results", "b/sft"):
+        (tmp_path / name).mkdir(parents=True)
+    one, other = write_results(tmp_path / "a", 0.6), write_results(tmp_path / "b", 0.8)
+    path = tmp_path / "expected.json"
+    monkeypatch.setattr(summary, "EXPECTED", path)
+    results = summary.main(summary.Settings((one, other), json=str(path)))
+    ((mean, spread),) = results["pretraining (§2.1): facts recalled"]
+    assert mean == pytest.approx(70)
+    assert spread == pytest.approx(100 * statistics.stdev([0.6, 0.8]))
+    assert "2 seeds" in capsys.readouterr().out
+    assert all(len(numbers) for numbers in results.values())
+    summary.main(summary.Settings((one,)))
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.split("  ")[-1] == "expected, 2 seeds"
+    row = next(line for line in lines if line.startswith("  facts recalled"))
+    assert row.split("  ")[-1] == "70 ± 14" and " 60 " in row
+    assert lines[-1] == "matrix products in float32"
+
+
+def test_what_the_table_expects_is_of_the_rows_that_it_has(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "sft").mkdir()
+    rows = summary.main(summary.Settings((write_results(tmp_path, 0.5),), markdown=True))
+    expected = llama2.load_json(summary.EXPECTED)
+    assert expected["seeds"] >= 3
+    assert expected["results"].keys() == rows.keys()
+    assert all(len(expected["results"][name]) == len(rows[name]) for name in rows)
