@@ -258,6 +258,28 @@ def run_command(config, script, monkeypatch):
     runs.run_script(script.main, script.Settings, getattr(script, "PAPER", {}))
 
 
+def open_terminal(*command):
+    """Run Python with these words in a new terminal.
+
+    Returns the process's id, the terminal's other side, and read_until(text): it reads the screen
+    until the text is there, and returns what it read.
+    """
+    pty = pytest.importorskip("pty")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        env = os.environ | {"TERM": "xterm", "LC_ALL": "C.UTF-8"}
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, *map(str, command)], env)
+
+    def read_until(text: bytes) -> bytes:
+        screen = b""
+        while text not in screen.replace(b"\x1b[?2004h", b""):  # readline asks for pasted lines
+            screen += os.read(terminal, 4096)
+        return screen
+
+    return pid, terminal, read_until
+
+
 @pytest.fixture
 def expect_error(capsys, monkeypatch):
     """A function: the command ends with exit code 2 and one line that contains all the words."""

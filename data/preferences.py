@@ -59,6 +59,7 @@ class Settings:
     overwrite: bool = False  # replace an existing file
     seed: int = 1  # for sampling and for the annotator's noise
 
+    ONLY_IF = {"ask_safety": ("annotator", "person")}
     # The same file may be requested with other values of these. They do not change its content.
     MAY_CHANGE = ("out", "overwrite", "device", "ask_safety")
 

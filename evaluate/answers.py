@@ -130,6 +130,11 @@ def evaluate_answers(config: Settings, device) -> dict:
         for messages in dialogs:
             n = int(messages[0]["role"] == "system")
             fitting.append(messages[:n] + drop_oldest(tok, messages[:n], messages[n:], *limits))
+            if len(encode_dialog(tok, fitting[-1])[0]) >= limits[0]:
+                raise ValueError(
+                    f"{config.prompts}: prompt {len(fitting)} leaves no room for an answer in the "
+                    f"context of {folder}, {limits[0]} tokens: shorten it"
+                )
         greedy = respond(model, tok, fitting, config.max_new_tokens)
         sampled = respond(model, tok, fitting, config.max_new_tokens, 1.0, config.seed)
         for column, texts in ((name, greedy), (f"{name}, T=1", sampled)):

@@ -81,7 +81,8 @@ def test_existing_answers_are_replaced_only_with_overwrite(config, capsys):
         (["BASE", "--prompts", "PROMPTS", "--out", "a.txt"], "a name that ends with .jsonl"),
         (["BASE", "--prompts", "PROMPTS", "--out", "PROMPTS"], "is also an input"),
         (["nowhere", "--prompts", "PROMPTS", "--out", "a.jsonl"], "nowhere: no checkpoint here"),
-        (["--prompts", "PROMPTS", "--out", "a.jsonl"], "required: folder"),
+        (["--out", "a.jsonl"], "required: folder"),
+        (["--prompts", "PROMPTS", "BASE"], "no folder given: --prompts takes all words after it"),
     ],
 )
 def test_a_mistake_is_one_line(config, tmp_path, monkeypatch, capsys, words, error):

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 import llama2
-from conftest import dialog, make_model
+from conftest import ROOT, dialog, make_model, open_terminal
 from llama2 import Dialogue, answer, encode_dialog
 
 
@@ -112,9 +115,9 @@ def test_a_message_that_just_fits_gets_a_whole_answer_and_a_longer_one_is_refuse
     [
         (b"[INST] me", "(your message contains [INST], which is part of the chat format)"),
         (b"a " * 99, "has room for 48: shorten it)"),
-        (b"caf\xe9", "surrogates not allowed)"),  # bytes that are not UTF-8
+        (b"caf\xe9", "(this is not UTF-8 text, so it was left out)"),  # bytes that are not UTF-8
         (b"/system <<SYS>>", "(the system message contains <<SYS>>, which is part of"),
-        (b"/system caf\xe9", "surrogates not allowed)"),
+        (b"/system caf\xe9", "(this is not UTF-8 text, so it was left out)"),
         (b"/what", "/quit ends (or Ctrl-D)"),
         (b"/help", "a line that ends with a backslash continues on the next line)"),
         (b"", ""),
@@ -144,6 +147,20 @@ def test_a_backslash_continues_a_message_on_the_next_line(tok, prompts, monkeypa
     assert prompts == [encode_dialog(tok, dialog(text))[0] for text in ("a\nb\n c", "d")]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="exit codes of signals")
+def test_ctrl_c_while_pytorch_is_imported_prints_no_traceback(tmp_path):
+    interrupt = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    (tmp_path / "torch.py").write_text(interrupt)
+    (tmp_path / "sentencepiece.py").write_text("")
+    result = subprocess.run(
+        [sys.executable, "llama2.py", "chat", "x"],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")
+
+
 def test_ctrl_c_ends_an_answer_and_not_the_chat(capsys):
     def texts():
         yield "half"
@@ -165,6 +182,28 @@ def test_a_chat_through_a_pipe_continues_after_bad_input(base, rm_folder, monkey
     with pytest.raises(SystemExit):
         llama2.main(["--help"])
     assert "usage" in capsys.readouterr().out
+
+
+def test_in_a_terminal_pasted_lines_are_one_message_and_only_its_end_ends_the_chat(base):
+    pytest.importorskip("readline")
+    pid, terminal, read_until = open_terminal("llama2.py", "chat", base, "--max-new-tokens", 200)
+
+    def type_in(keys: bytes, expected=b"\n> ") -> bytes:
+        """What is on the screen from these keys to the expected text."""
+        os.write(terminal, keys)
+        return read_until(expected)
+
+    read_until(b"> ")
+    assert b"a new dialogue" not in type_in(b"\x1b[200~one\ntwo\n/reset\x1b[201~\r")
+    assert b"has room for" in type_in(b"word " * 300 + b"\r")
+    type_in(b"again\r", b"again\r\n")
+    type_in(b"\x03")  # Ctrl-C ends the answer
+    type_in(b"abc\x03")  # ... or forgets what is typed
+    for name in ("SIGHUP", "SIGUSR1"):
+        os.kill(pid, getattr(signal, name))
+    assert b"(a new dialogue)" in type_in(b"/reset\r")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_one_prompt_on_the_command_line_gets_one_answer_and_nothing_else(

@@ -299,16 +299,20 @@ def test_a_model_takes_the_place_of_one_with_more_shards(saved, tok):
     load(saved)
 
 
-@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc_cf", "identity"])
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc_cf", "soft hyphen", "identity"])
 def test_a_tokenizer_that_changes_texts_is_refused(tmp_path, rule):
-    """It would read wide letters in a message as tags of the chat format."""
+    """It would read wide letters, or those around a soft hyphen, as tags of the chat format."""
+    named = {"normalization_rule_name": rule}
+    if rule == "soft hyphen":  # left out: [I-NST] becomes [INST]
+        (tmp_path / "rule.tsv").write_text("AD\t\n")
+        named = {"normalization_rule_tsv": str(tmp_path / "rule.tsv")}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["[INST] the hen [/INST] sat by the mill"] * 20),
         model_prefix=str(tmp_path / "t"),
         vocab_size=290,
         model_type="bpe",
         byte_fallback=True,
-        normalization_rule_name=rule,
+        **named,
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,

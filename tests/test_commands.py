@@ -13,6 +13,7 @@ import torch
 import llama2
 import train_pretrain
 import train_rlhf
+import train_rm
 import train_sft
 from common import run as runs
 from common.settings import check_settings, parse_settings
@@ -28,7 +29,7 @@ from conftest import (
     write_jsonl,
 )
 from data import corpus, distillation, preferences
-from evaluate import answers, reward_models, scoreboard
+from evaluate import answers, figures, reward_models, scoreboard
 from llama2 import save
 
 
@@ -72,6 +73,12 @@ def test_a_setting_that_would_change_nothing_is_refused_by_name(capsys):
     assert "--samples: needs --method rejection-sampling" in line
     line = error(train_pretrain.Settings, "--init", "base", "--size", "tiny")
     assert "--size: cannot be given with --init" in line
+    for cls, given, needs in (
+        (train_rm.Settings, ["--aux-weight", "3"], "--aux-weight: needs --kind safety"),
+        (preferences.Settings, ["--ask-safety"], "--ask-safety: needs --annotator person"),
+        (corpus.Settings, ["--tokenizer", "t", "--vocab-size", "9"], "given with --tokenizer"),
+    ):
+        assert needs in error(cls, *given)
     paper = ["--recipe", "paper", "--init", "base"]  # the recipe's own size was not given
     assert parse_settings(train_pretrain.Settings, {"size": "7B"}, "", paper).init == "base"
     both = "--iterations 10 --eval-every 5 --val-prompts a --earlier b".split()  # as in paper.sh
@@ -88,7 +95,8 @@ def test_folders_behind_a_list_option_and_negative_numbers_get_a_line_that_says_
 
     line = error(reward_models.Settings, "--data", "p.jsonl", "rm/safety")
     assert "no folders given: --data takes all words after it (p.jsonl rm/safety)" in line
-    for number in ("-1e-3", "-.5", "-1"):
+    assert parse_settings(figures.Settings, {}, "", ["--only", "loss"]).folders == ("out",)
+    for number in ("-1e-3", "-.5", "-1", "-inf"):
         config = parse_settings(train_sft.Settings, {}, "", ["--lr", number])
         with pytest.raises(ValueError, match=f"--lr {float(number)}: must be above 0"):
             check_settings(config, may_be_zero=("show",))
@@ -327,7 +335,7 @@ def test_characters_that_the_terminal_lacks_are_replaced_and_bad_bytes_end_no_ch
     assert run("cp1252", "complete", str(base), text, *few).startswith(b"hen ?")
     lines = b"hi\n\xff\n/reset\n"
     output = run("utf-8:strict", "chat", str(base), *few, lines=lines)
-    assert b"surrogates not allowed" in output and b"(a new dialogue)" in output
+    assert b"(this is not UTF-8 text" in output and b"(a new dialogue)" in output
 
 
 def test_a_closed_pipe_ends_a_run_without_a_traceback(tmp_path, inputs):
@@ -347,11 +355,15 @@ def test_a_closed_pipe_ends_a_run_without_a_traceback(tmp_path, inputs):
         (["chat", "BASE", "--device", "foo"], "foo"),
         (["complete", "BASE"], 'expected: complete FOLDER "text"'),
         (["chat", "BASE", "Hello!"], 'chat FOLDER -p "text"'),
+        (["complete", "BASE", "a", "--reward", "SAFETY"], "--reward belongs to chat"),
+        (["complete", "BASE", "a", "-p", "b"], 'complete FOLDER "text", or chat FOLDER'),
+        (["chat", "BASE", "-p", " "], "your message is empty"),
         (["chat", "BASE", "-p", "[INST] a"], "your message contains [INST]"),
         (["chat", "BASE", "-p", "word " * 300], "with the answer the context of 256 has room for"),
         (["chat", "BASE", "--top-p", "2"], "top_p=2"),
-        (["complete", "BASE", "caf\udce9"], "surrogates not allowed"),
+        (["complete", "BASE", "caf\udce9"], "the text is not UTF-8"),
         (["complete", "BASE", "a", "--temperature", "nan"], "temperature=nan"),
+        (["complete", "BASE", "a", "--temperature", "-1e-3"], "temperature=-0.001"),
         (["complete", "BASE", "word " * 300], "a context of 256 has no room for more"),
         (["complete", "BASE", "FULL"], "the text has 256 tokens: a context of 256 has no room"),
         (["chat", "BASE", "--seed", "9223372036854775807"], "--seed 9223372036854775807: must be"),

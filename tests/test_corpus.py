@@ -249,7 +249,10 @@ def test_skip_bad_leaves_out_unreadable_lines_and_files_and_counts_them(tmp_path
         prepare(tmp_path / "out", tmp_path / "b.txt")
     with pytest.raises(ValueError, match="no text to .*; skipped: .*c.txt: line 2: binary data"):
         prepare(tmp_path / "out", tmp_path / "c.txt", skip_bad=True)
-    both = f"{tmp_path}/c.txt:3", f"{tmp_path}/a.jsonl:2"
+    (tmp_path / "d.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match="d.txt: empty"):
+        prepare(tmp_path / "out", tmp_path / "d.txt")
+    both = f"{tmp_path}/c.txt:3", f"{tmp_path}/d.txt", f"{tmp_path}/a.jsonl:2"
     for _ in range(2):  # the tokens are made, then found; without a source, weights keep theirs
         index, _, _ = prepare(tmp_path / "two", *both, skip_bad=True)
         assert [(source["name"], source["weight"]) for source in index["sources"]] == [("a", 2)]
@@ -258,7 +261,7 @@ def test_skip_bad_leaves_out_unreadable_lines_and_files_and_counts_them(tmp_path
     assert sorted(decode_documents(tok, train + val)) == sorted(stories)
     shown = capsys.readouterr().out
     assert "'broken JSON': 1, 'not UTF-8 text': 1" in shown
-    assert "c.txt: line 2: binary data (a NUL byte)" in shown
+    assert "c.txt: line 2: binary data (a NUL byte)" in shown and "d.txt: empty" in shown
 
 
 def test_time_to_find_personal_details_grows_linearly():

@@ -441,6 +441,10 @@ def test_a_prompt_that_is_too_long_for_an_evaluation_is_an_error_with_its_place(
     assert len(read_town_prompts(path, tok, context)) == 1
     with pytest.raises(ValueError, match=r"f.jsonl:1: no room for an answer"):
         read_town_prompts(path, tok, context - 1)
+    path = write_jsonl(path, [{"prompt": "hi"}, {"prompt": "hen " * 300}])
+    config = answers.Settings(folders=(str(base),), prompts=str(path), **EXACT)
+    with pytest.raises(ValueError, match=r"f.jsonl: prompt 2 leaves no room .* 256 tokens"):
+        answers.main(config)
 
 
 # ------------------------------------------------------------------------------------------- bench

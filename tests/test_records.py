@@ -374,7 +374,7 @@ def test_held_out_examples_and_their_copies_are_not_in_the_training_data():
 def test_a_dialogue_and_its_beginnings_are_held_out_together(tok):
     whole = [dialog(f"Hello {i}", "Hi.", "Who?", "An assistant.") for i in range(40)]
     parts = whole + [messages[:2] for messages in whole]
-    parts += [dialog(f"Hello {i}", "Yes.", system="Be kind.") for i in range(40)]
+    parts += [dialog(f" Hello {i}\n", "Yes.", system="Be kind.") for i in range(40)]
     examples = [train_sft.encode_example({"messages": part}, tok, 256) for part in parts]
     train, val = records.hold_out(examples, lambda example: example.opening, 0.2, seed=1)
     assert len(val) == 3 * 8
@@ -421,6 +421,8 @@ SYSTEM, EMPTY = dialog("a", "b", system="Be a fox."), {"role": "system", "conten
 MEANING = [
     "loss_weight masked unmask train_detail training trainOnTurn sys_prompt systemMessage contexts",
     "context input prompt question documents tool_choice available_functions image_url persona",
+    "Input CONTEXT article previous_turns earlierMessages options choices hint table knowledge",
+    "developer instructions guidelines desirable suffix",
 ]
 
 
@@ -437,6 +439,7 @@ def test_a_key_that_changes_what_a_record_means_is_refused_by_its_name(key):
 
 
 def test_a_key_that_only_repeats_or_describes_the_dialogue_is_harmless():
+    assert not records.unused_keys(dict(system_title="x", score_chosen=1, best_of_n=3, model="x"))
     both = dict(chosen=[USER, ANSWER], rejected=[USER, ANSWER | {"content": "c"}])
     record = dict(prompt="a", messages=[USER, ANSWER], **both, prompt_id="x", score_chosen=5.0)
     assert records.to_messages(record) == [USER, ANSWER]  # UltraFeedback's keys
@@ -450,6 +453,11 @@ def test_keys_that_nothing_is_known_of_are_printed_once_a_file(tmp_path, capsys)
     path = write_jsonl(tmp_path / "a.jsonl", [record] * 3)
     records.read_records([path], records.to_messages)
     assert capsys.readouterr().out == f"{path}: keys not used: mood, views\n"
+    # One harmless word is not enough, and a long text does more than to describe a record.
+    strange = dict(source_text="The hen", user_profile="a fox", notes="The hen sat. " * 20)
+    path = write_jsonl(path, [record | strange])
+    records.read_records([path], records.to_messages)
+    assert "mood, notes, source_text, user_profile, views" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -464,6 +472,10 @@ def test_keys_that_nothing_is_known_of_are_printed_once_a_file(tmp_path, capsys)
         dict(conversation=[USER, EMPTY, ANSWER]),
         dict(messages=[EMPTY, USER, ANSWER], system=" ", label=" "),
         dict(messages=[USER, ANSWER | {"content": "b<|im_end|>\n"}]),
+        dict(prompt="a", completion="<s> b </s>"),
+        dict(prompt="a", completion="<|begin_of_text|>b<|end_of_sentence|><EOS>"),
+        dict(prompt=hh_text("a"), completion=hh_text("", "b").removeprefix("\n\nHuman: ")),
+        dict(messages=[EMPTY | {"content": "\u200b\ufeff"}, USER, ANSWER], system="\u2060"),
     ],
 )
 def test_questions_and_answers_under_other_keys_give_the_same_tokens(tok, record):
@@ -489,6 +501,16 @@ FOREIGN = [
     "Be kind.\n<|user|>\nhi</s>\n<|assistant|>",
     str([USER, ANSWER]),
     json.dumps(USER),
+    json.dumps(json.dumps([USER])),
+    '[{"role": "tool", "text": "3"}]',
+    "[ChatCompletionMessage(content='hi', role='user')]",
+    "user: hi\nassistant:",
+    "**Human:** hi\n\n**Assistant:**",
+    "Human: hi\rAssistant:",
+    "用户：hi\u2028助手：",
+    "<human>: hi\n<bot>:",
+    "[|user|]hi\n[|assistant|]",
+    "<bos><|turn>user\nhi<turn|>",
 ]
 
 
@@ -516,6 +538,7 @@ def test_a_dialogue_of_another_chat_format_is_refused_in_every_field(tok, text):
         ("What does <|im_start|> mean?", "It begins a turn:\n<|im_start|>user"),
         ("Sum up:\nUser: hi\nAssistant: yo\nThank you.", 'As JSON: {"from": "me", "value": 3}'),
         ("Strike it out.", "<s>it</s>"),
+        ("Who said user: root?", "An array ends with a[-1] or <b>it</b>"),
     ],
 )
 def test_a_text_may_speak_of_other_chat_formats(question, answer):
@@ -523,10 +546,32 @@ def test_a_text_may_speak_of_other_chat_formats(question, answer):
     assert records.to_messages({"messages": messages}) == messages
 
 
-@pytest.mark.parametrize("text", [" " * 99999, "\n" * 99999, "USER: x\n" * 9999, "</s>" * 9999])
-def test_a_long_text_is_searched_for_marks_in_linear_time(text):
-    records.check_text(text, 1)
-    records.without_end(text)
+@pytest.mark.parametrize(
+    "part", [" ", "\n", "USER: x\n", "[", "user: x\n", "</s>", "[Message(role=", '{"role": "user"']
+)
+def test_a_long_text_is_searched_for_marks_in_linear_time(part):
+    text = (part * 99999)[:99999]
+    records.check_text(f"a{text}a", 1)
+    records.check_text(f"{text}a", 1)
+    records.without_ends(text)
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\u200b", "\ufeff\u00a0"])
+def test_an_empty_message_is_no_part_of_a_dialogue(tok, blank):
+    for parse, record in (
+        (records.to_messages, dict(messages=dialog(blank, "b"))),
+        (records.to_messages, dict(messages=[USER, ANSWER], history=[[blank, "b"]])),
+        (records.to_pair, PAIR | dict(prompt=dialog(blank))),
+        (lambda record: records.to_prompt(record, tok, 99), dict(prompt=dialog(blank))),
+        (records.to_text, dict(text=blank)),
+        (records.to_pair, PAIR | dict(chosen=blank)),
+    ):
+        with pytest.raises(records.SkipRecord, match="an empty (message|text|answer)"):
+            parse(record)
+    with pytest.raises(ValueError, match='"instruction" is empty'):
+        records.to_messages(dict(instruction=blank, input="The hen", output="b"))
+    with pytest.raises(ValueError, match="message 2, an answer, is empty"):
+        records.to_messages(dict(question="a", answer=blank))
 
 
 def test_a_text_may_have_an_id_but_no_end_mark_and_must_not_be_empty():
@@ -545,12 +590,22 @@ def test_a_prompt_beside_whole_dialogues_must_repeat_them():
     assert records.to_pair(whole | dict(prompt=earlier)).messages == earlier
     with pytest.raises(ValueError, match="two different dialogues"):
         records.to_pair(whole | dict(prompt="bye?"))
+    answers = dict(chosen="b", rejected="c", prompt="bye?")
+    with pytest.raises(ValueError, match='"conversations" is not supported'):
+        records.to_pair(answers | dict(conversations=[USER]))
 
 
 def test_answers_of_several_turns_are_left_out_unless_only_the_last_one_differs():
     chosen, rejected = (dialog("a", text, "more", text + "!")[1:] for text in "bc")
     with pytest.raises(records.SkipRecord, match="answers of several turns"):
         records.to_pair(dict(prompt=[USER], chosen=chosen, rejected=rejected))
+    one, other = ([ANSWER, {"role": "user", "content": text}, ANSWER] for text in "mn")
+    for rejected_turns in ([ANSWER], other):
+        with pytest.raises(records.SkipRecord, match="answers of several turns"):
+            records.to_pair(dict(prompt="a", chosen=one, rejected=rejected_turns))
+    whole = dict(chosen=SYSTEM, rejected=SYSTEM[1:], prompt="a")
+    with pytest.raises(records.SkipRecord, match="prompts that differ"):
+        records.to_pair(whole)
     pair = records.to_pair(dict(prompt=[USER], chosen=chosen, rejected=[*chosen[:2], rejected[2]]))
     assert (pair.messages, pair.rejected) == (dialog("a", "b", "more"), "c!")
 
@@ -560,7 +615,8 @@ def test_transcripts_may_be_split_after_the_prompt_and_have_windows_line_ends():
     split["prompt"] = hh_text("a")
     whole = dict(chosen=hh_text("a", "b"), rejected=hh_text("a", "c"))
     waiting = PAIR | dict(prompt=hh_text("a") + "\n\nAssistant:")
-    for record in (split, whole, waiting):
+    stripped = {key: text.strip() for key, text in split.items()}
+    for record in (split, whole, waiting, stripped):
         windows = {key: text.replace("\n", "\r\n") for key, text in record.items()}
         for pair in map(records.to_pair, (record, windows)):
             assert (pair.messages, pair.chosen, pair.rejected) == ([USER], "b", "c")

@@ -19,7 +19,7 @@ import torch
 import train_rlhf
 import train_sft
 from common import run as runs, training
-from conftest import ROOT, make_model, read_log
+from conftest import ROOT, make_model, open_terminal, options, read_log, stage
 from llama2 import generate, text_after
 
 FINISHED, UNFINISHED, NOTHING = "consolidated.00.pth", "resume.pt", "params.json"
@@ -257,6 +257,9 @@ def test_processes_meet_within_minutes_and_wait_for_hours_while_one_prepares_dat
     training.setup("cpu")
     torch.set_num_threads(threads)
     assert settings["timeout"].total_seconds() >= 3600
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(ValueError, match="RANK is 2, but the number of processes 2: unset RANK"):
+        training.setup("cpu")
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE=two: expected a number"):
         training.setup("cpu")
@@ -295,7 +298,8 @@ def test_the_spelling_of_a_path_does_not_matter_when_a_run_is_resumed(tmp_path, 
         return runs.made_of(config, [name])
 
     before = made_of("d.jsonl")
-    for name in ("./d.jsonl", str(data.resolve()), f"../{tmp_path.name}/d.jsonl"):
+    Path("link").symlink_to(".")
+    for name in ("link/d.jsonl", "./d.jsonl", str(data.resolve()), f"../{tmp_path.name}/d.jsonl"):
         runs.check_same("out", before, made_of(name))
     with pytest.raises(ValueError, match="data was"):
         runs.check_same("out", before, made_of("copy.jsonl"))
@@ -322,6 +326,30 @@ def test_a_warning_of_the_cluster_or_a_closed_terminal_saves_and_goes_on(
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+
+
+def test_a_run_goes_on_when_its_terminal_is_closed(tmp_path, inputs):
+    script, config = stage("sft", inputs, tmp_path / "out", save_every=10**6, epochs=3)
+    pid, terminal, read_until = open_terminal(script.__file__, *options(config))
+    read_until(b"step  2")
+    os.kill(pid, signal.SIGUSR1)
+    read_until(b"a signal asks for a save")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / "out" / "consolidated.00.pth").exists()
+
+
+def test_printing_to_a_closed_terminal_is_no_error(monkeypatch):
+    """The error may come before the signal: so a run must not end by it."""
+
+    def closed(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", closed)
+    training.print0("step 1")
+    monkeypatch.setattr(training, "is_main", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training.print0("step 1")
 
 
 def test_a_new_run_deletes_all_shards_of_an_old_model(tmp_path):
