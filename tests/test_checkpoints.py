@@ -16,6 +16,7 @@ from llama2 import Transformer, load, save
 
 WEIGHTS, PARAMS, LFS = "consolidated.00.pth", "params.json", b"version https://git-lfs.github.com/"
 NO_WEIGHTS = "these are not weights"
+NOT_TENSORS = f"{NO_WEIGHTS} .*: consolidated.00.pth is not a file of tensors only"
 
 
 @pytest.fixture
@@ -229,13 +230,21 @@ def without_norm(state):
 @pytest.mark.parametrize(
     "file, change, error",
     [
-        (WEIGHTS, LFS, f"{NO_WEIGHTS} .*: not a file of tensors only"),
-        (WEIGHTS, b"<!DOCTYPE html><html>", f"{NO_WEIGHTS} .*: not a file of tensors only"),
+        (WEIGHTS, LFS, NOT_TENSORS),
+        (
+            WEIGHTS,
+            b"<!DOCTYPE html><html>",
+            NOT_TENSORS,
+        ),
         (WEIGHTS, "half", NO_WEIGHTS),
         (WEIGHTS, lambda state: {"x": Code()}, NO_WEIGHTS),
         (WEIGHTS, lambda state: {"model": state}, NO_WEIGHTS),
         (WEIGHTS, lambda state: list(state.values()), NO_WEIGHTS),
-        (WEIGHTS, lambda state: {name: w.long() for name, w in state.items()}, NO_WEIGHTS),
+        (
+            WEIGHTS,
+            lambda state: {name: w.long() for name, w in state.items()},
+            "not floating point",
+        ),
         (WEIGHTS, without_norm, "Missing key.*norm.weight"),
         (PARAMS, b"[1]", "expected one JSON object"),
         (PARAMS, b'{"dim": 32', "params.json: broken JSON"),
