@@ -258,7 +258,7 @@ def import_folder(source: Path, target: Path, dtype):
     if tok.vocab_size != args.vocab_size:
         raise ValueError(
             f"{source}: config.json has a vocabulary of {args.vocab_size}, but tokenizer.model of "
-            f"{tok.vocab_size}: added tokens and padded vocabularies are not supported"
+            f"{tok.vocab_size}: added tokens and padding are refused"
         )
     names = their_names(args.n_layers, model_class)
     try:
