@@ -34,6 +34,7 @@ from llama2 import (
     load,
     load_json,
     load_tensors,
+    out_of_memory,
     save,
     write_atomic,
     write_json,
@@ -272,6 +273,8 @@ def import_folder(source: Path, target: Path, dtype):
             model = model_class(args)
         model.load_state_dict(reorder(weights, join_pairs, args.head_dim), assign=True)
     except UNREADABLE as e:
+        if out_of_memory(e):
+            raise
         why = " ".join(str(e).split())[:200]
         raise ValueError(
             f"{source}: these are not weights of the model in config.json: {why}; download or "
@@ -484,7 +487,7 @@ def main(argv):
             raise ValueError(f"{args.target} is not empty: choose another folder")
         convert = import_folder if args.command == "import" else export_folder
         convert(args.source, args.target, getattr(torch, args.dtype) if args.dtype else None)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: no memory
         parser.error(" ".join(str(e).split()))
     print(f"wrote {args.target}")
 
