@@ -427,6 +427,7 @@ def tokenizer_config(tok: Tokenizer, args: ModelArgs) -> dict:
         # They read a reward at the last token that is not padding, which must be EOS.
         "pad_token": unk,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": args.max_seq_len,
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE.strip().replace("TAGS", refused),
