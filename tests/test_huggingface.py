@@ -264,6 +264,7 @@ def test_the_readmes_path_through_hugging_faces_format_runs(tmp_path, tok, monke
 # ------------------------------------------------------------------------------- with transformers
 @pytest.fixture
 def transformers():
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
     return pytest.importorskip("transformers")
 
 
