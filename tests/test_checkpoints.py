@@ -1,7 +1,9 @@
-"""Checkpoints: saving, loading, Meta's and Hugging Face's weights, and broken files."""
+"""Checkpoints: saving, loading, Meta's weights, and broken files."""
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, fields, replace
 
 import pytest
@@ -9,11 +11,12 @@ import sentencepiece
 import torch
 
 import llama2
-from conftest import ARGS, make_model
-from llama2 import load, save
+from conftest import ARGS, ROOT, make_model
+from llama2 import Transformer, load, save
 
 WEIGHTS, PARAMS, LFS = "consolidated.00.pth", "params.json", b"version https://git-lfs.github.com/"
 NO_WEIGHTS = "these are not weights"
+NOT_TENSORS = f"{NO_WEIGHTS} .*: consolidated.00.pth is not a file of tensors only"
 
 
 @pytest.fixture
@@ -133,65 +136,84 @@ def test_a_folder_that_is_no_checkpoint_names_those_below_it(saved, tmp_path):
         load(tmp_path)
 
 
-def test_shards_and_params_of_the_released_models_load(tmp_path, tok):
-    """wq, wk, wv, w1, w3 and output are split by rows; wo, w2 and the embeddings by columns."""
-    model = make_model(vocab_size=tok.vocab_size)
-    shards = [{"rope.freqs": torch.zeros(4)}, {"rope.freqs": torch.zeros(4)}]
+def write_shards(folder, model, tok, count, dtype=torch.float32):
+    """A model as Meta releases it, in `count` files.
+
+    wq, wk, wv, w1, w3 and output are split by rows; wo, w2 and the embeddings by columns.
+    """
+    shards = [{"rope.freqs": torch.zeros(4)} for _ in range(count)]
     for name, weight in model.state_dict().items():
         layer = name.split(".")[-2]
-        halves = weight.chunk(2, 1 if layer in ("wo", "w2", "tok_embeddings") else 0)
-        halves = (weight, weight) if "norm" in layer else halves
-        for shard, half in zip(shards, halves):
-            shard[name] = half.clone()
+        parts = weight.chunk(count, 1 if layer in ("wo", "w2", "tok_embeddings") else 0)
+        parts = [weight] * count if "norm" in layer else parts
+        for shard, part in zip(shards, parts):
+            shard[name] = part.to(dtype, copy=True)
     for i, shard in enumerate(shards):
-        torch.save(shard, tmp_path / f"consolidated.{i + 9}.pth")  # 9 comes before 10
-    params = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, norm_eps=1e-5)
-    (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
-    (tmp_path / "tokenizer.model").write_bytes(tok.proto)
+        torch.save(shard, folder / f"consolidated.{i + 9}.pth")  # 9 comes before 10
+    params = {name: getattr(model.args, name) for name in ("dim", "n_layers", "n_heads")}
+    params |= dict(n_kv_heads=2, multiple_of=8, norm_eps=1e-5, vocab_size=-1)
+    (folder / "params.json").write_text(json.dumps(params))
+    (folder / "tokenizer.model").write_bytes(tok.proto)
+
+
+def test_shards_and_params_of_the_released_models_load(tmp_path, tok):
+    model = make_model(vocab_size=tok.vocab_size)
+    write_shards(tmp_path, model, tok, 2)
     merged, _ = load(tmp_path)
     tokens = torch.randint(300, (1, 9))
     assert torch.equal(merged(tokens), model(tokens))
 
 
-@pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_logits_equal_those_of_hugging_face_transformers(n_kv_heads):
-    transformers = pytest.importorskip("transformers")
-    model = make_model(n_kv_heads=n_kv_heads)
-    args = model.args
-    sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=args.ffn_dim)
-    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=n_kv_heads)
-    config = transformers.LlamaConfig(
-        rms_norm_eps=args.norm_eps, tie_word_embeddings=False, **sizes, **heads
-    )
-    peer = transformers.LlamaForCausalLM(config).eval()
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_are_loaded_in_the_precision_that_is_asked_for(tmp_path, tok, shards):
+    model = make_model(vocab_size=tok.vocab_size)
+    write_shards(tmp_path, model, tok, shards, torch.bfloat16)
+    for asked, dtype in ((torch.float32,) * 2, (torch.float16,) * 2, (None, torch.bfloat16)):
+        loaded = load(tmp_path, weights_dtype=asked)[0].state_dict()
+        for name, weight in model.state_dict().items():
+            assert loaded[name].dtype == dtype
+            assert torch.equal(loaded[name], weight.bfloat16().to(dtype))
 
-    def halves(weight):  # their rotary embedding pairs i with i + head_dim/2, ours 2i with 2i + 1
-        return weight.view(-1, args.head_dim // 2, 2, 32).transpose(1, 2).reshape(-1, 32)
 
-    names = {
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "layers": "model.layers",
-        "tok_embeddings": "model.embed_tokens",
-        "output": "lm_head",
-    }
-    state = {}
-    for name, weight in model.state_dict().items():
-        weight = halves(weight) if ".wq" in name or ".wk" in name else weight
-        name = "model.norm.weight" if name == "norm.weight" else name
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        state[name] = weight
-    peer.load_state_dict(state)
-    tokens = torch.randint(300, (2, 30))
-    assert (peer(tokens).logits - model(tokens)).abs().max() < 1e-4
+def test_shards_of_two_models_are_refused(tmp_path, tok):
+    """What the second file lacks would be uninitialized memory."""
+    write_shards(tmp_path, make_model(vocab_size=tok.vocab_size), tok, 2)
+    last = tmp_path / "consolidated.10.pth"
+    torch.save(without_norm(torch.load(last)), last)
+    with pytest.raises(ValueError, match=f"{NO_WEIGHTS}.*10.pth has other weights than .*9.pth"):
+        load(tmp_path)
+
+
+LOAD_AND_MEASURE = """
+import sys, torch, llama2
+def status(name):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) << 10
+for folder, dtype in zip(sys.argv[1:], (torch.bfloat16, torch.float32)):
+    before = status("VmRSS")
+    llama2.load(folder, weights_dtype=dtype)
+    print(status("VmHWM") - before)     # the peak, mapped files included
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc/self/status")
+def test_loading_takes_the_memory_of_the_model_and_one_shard(tmp_path, tok):
+    """And none at all for the weights of a single file that already have the precision."""
+    sizes = dict(dim=1024, n_layers=2, n_kv_heads=2, n_heads=8, vocab_size=tok.vocab_size)
+    with torch.device("meta"):
+        model = Transformer(replace(ARGS, **sizes))
+    model.to_empty(device="cpu")
+    folders = tmp_path / "1", tmp_path / "8"
+    for shards, dtype, folder in zip((1, 8), (torch.bfloat16, torch.float32), folders):
+        folder.mkdir()
+        write_shards(folder, model, tok, shards, dtype)
+    code = [sys.executable, "-c", LOAD_AND_MEASURE, *folders]
+    run = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True)
+    in_its_file, in_float32 = map(int, run.stdout.split())
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    shard, margin = weights / 8, 8 << 20
+    assert weights > 10 * margin
+    assert in_its_file < margin
+    assert in_float32 < weights + shard + margin
 
 
 class Code:
@@ -208,13 +230,21 @@ def without_norm(state):
 @pytest.mark.parametrize(
     "file, change, error",
     [
-        (WEIGHTS, LFS, f"{NO_WEIGHTS} .*: not a file of tensors only"),
-        (WEIGHTS, b"<!DOCTYPE html><html>", f"{NO_WEIGHTS} .*: not a file of tensors only"),
+        (WEIGHTS, LFS, NOT_TENSORS),
+        (
+            WEIGHTS,
+            b"<!DOCTYPE html><html>",
+            NOT_TENSORS,
+        ),
         (WEIGHTS, "half", NO_WEIGHTS),
         (WEIGHTS, lambda state: {"x": Code()}, NO_WEIGHTS),
         (WEIGHTS, lambda state: {"model": state}, NO_WEIGHTS),
         (WEIGHTS, lambda state: list(state.values()), NO_WEIGHTS),
-        (WEIGHTS, lambda state: {name: w.long() for name, w in state.items()}, NO_WEIGHTS),
+        (
+            WEIGHTS,
+            lambda state: {name: w.long() for name, w in state.items()},
+            "not floating point",
+        ),
         (WEIGHTS, without_norm, "Missing key.*norm.weight"),
         (PARAMS, b"[1]", "expected one JSON object"),
         (PARAMS, b'{"dim": 32', "params.json: broken JSON"),
@@ -228,8 +258,8 @@ def without_norm(state):
         (PARAMS, None, "no checkpoint here: no params.json$"),
         (WEIGHTS, None, r"no checkpoint here: no consolidated.\*.pth$"),
         ("context.json", b"{", "context.json: broken JSON"),
-        ("pytorch_model.bin", b"", "Hugging Face's format is not supported yet"),
-        ("model.safetensors", b"", "Hugging Face's format is not supported yet"),
+        ("pytorch_model.bin", b"", "python -m common.huggingface import .*/m NEW_FOLDER$"),
+        ("model.safetensors", b"", "python -m common.huggingface import .*/m NEW_FOLDER$"),
     ],
 )
 def test_a_broken_checkpoint_is_one_line_and_runs_no_code(
