@@ -472,8 +472,9 @@ def test_gradient_norm_is_clipped_to_1_and_a_nan_makes_no_step():
 
 def test_a_process_without_an_example_has_loss_weight_0(monkeypatch):
     monkeypatch.setattr(training, "rank_and_world_size", lambda: (1, 2))
-    assert training.local_batch([1, 2, 3]) == ([2], 1.0)
-    assert training.local_batch([1]) == ([1], 0.0)
+    assert training.micro_batches([1, 2, 3], 1) == [([2], 1.0), ([1], 0.0)]
+    assert training.micro_batches([1, 2, 3], 2) == [([2], 1.0)]
+    assert training.micro_batches([1], 4) == [([1], 0.0)]
 
 
 # --------------------------------------------------------------------------------- pretraining (§2)
