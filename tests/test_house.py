@@ -9,6 +9,7 @@ import train_pretrain
 import train_rlhf
 import train_rm
 import train_sft
+from common import memory
 from common.settings import describe_settings
 from conftest import ROOT
 from data import answer, corpus, distillation, ghost_attention, preferences
@@ -28,6 +29,7 @@ SETTINGS = {  # command -> the module whose Settings are its options
     "train_sft.py": train_sft,
     "train_rm.py": train_rm,
     "train_rlhf.py": train_rlhf,
+    "common.memory": memory,
     "data.answer": answer,
     "data.corpus": corpus,
     "data.preferences": preferences,
@@ -84,6 +86,8 @@ def test_each_module_imports_only_modules_below_it():
 
 def test_common_does_not_name_a_training_stage():
     for path in (ROOT / "common").glob("*.py"):
+        if path.name == "memory.py":
+            continue  # it plans the stages
         assert not STAGE_NAMES.findall(path.read_text().lower()), path
 
 
@@ -103,7 +107,9 @@ def test_every_option_in_the_documentation_and_in_paper_sh_exists():
     for path in pages:
         text = re.sub(r"\\+\n", " ", path.read_text())  # join lines that end with a backslash
         for line in text.splitlines():
-            command = re.search(r"(train_\w+\.py|(?:data|evaluate)\.\w+)((?: [^`|]*)?)", line)
+            command = re.search(
+                r"(train_\w+\.py|(?:common|data|evaluate)\.\w+)((?: [^`|]*)?)", line
+            )
             if not command or command[1] not in SETTINGS or "import" in line:
                 continue
             fields = vars(SETTINGS[command[1]].Settings())
