@@ -167,7 +167,7 @@ def advice(config: Settings, args: ModelArgs) -> str:
     for gpus in (2**n for n in range(1, 12)):
         if gpus > config.gpus and peak(replace(best, gpus=gpus), args) < config.gpu_memory * GB:
             return f"it takes {gpus} GPUs with --shard --checkpoint-activations --micro-batch 1"
-    return "no number of such GPUs is enough"
+    return "no number of such GPUs is enough, because each loads a whole model"
 
 
 def budget(config: Settings, args: ModelArgs) -> dict[str, float]:

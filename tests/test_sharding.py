@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ from conftest import (
 from data import records
 
 STOP = {"pretrain": 4, "sft": 3, "rm": 3, "rejection-sampling": 2, "ppo": 1}  # steps
+SHORT = {  # both processes must draw the same mini-batches of PPO, so one is the whole batch
+    "pretrain": dict(max_steps=7),
+    "sft": dict(epochs=1),
+    "rm": dict(epochs=1),
+    "rejection-sampling": dict(tune_epochs=4),
+    "ppo": dict(mini_batch=8, iterations=3),
+}
 SHARDED = dict(shard=True, checkpoint_activations=True)
 TWO_PROCESSES = """import sys
 from common import training
@@ -87,10 +95,9 @@ def resumed(tmp_path_factory, inputs):
     with pytest.MonkeyPatch.context() as patch:
         answer_in_a_fixed_way(patch.setattr)
         for name in STAGES:
-            changes = dict(mini_batch=8, iterations=3) if name == "ppo" else {}
-            script, one = stage(name, inputs, folder / name / "one", keep="last", **changes)
-            if name == "rejection-sampling":
-                one = replace(one, keep="best")  # it has no such option
+            script, one = stage(name, inputs, folder / name / "one", **SHORT[name])
+            if name != "rejection-sampling":  # which has no such option
+                one = replace(one, keep="last")
             one_two = replace(one, out=str(folder / name / "one-two"))
             two_one = replace(one, out=str(folder / name / "two-one"))
             configs[name] = one, one_two, two_one
@@ -214,3 +221,25 @@ def test_any_number_of_processes_can_do_rejection_sampling(tmp_path, inputs, mon
         config = replace(config, prompts=(inputs.prompts,), val_prompts=(inputs.val_prompts,))
         with pytest.raises(ValueError, match=error):
             train_rlhf.main(config)
+
+
+def test_each_process_gathers_an_element_per_prompt(tok, monkeypatch):
+    """Else answers of other processes would come into other places, or none."""
+    prompt = records.Prompt("hi", False, tok.encode("hi", bos=True))
+    answers = [records.Answer(prompt, [*tok.encode("yes"), tok.eos_id], True)] * 4
+    zeros, finished = torch.zeros(4), torch.tensor([False, False, True, True])
+    scores = train_rlhf.Scores(zeros, zeros, zeros, finished, finished, finished & False)
+    gathered = []
+
+    def all_gather(items):
+        gathered.append(items)
+        return items
+
+    monkeypatch.setattr(train_rlhf, "all_gather", all_gather)
+    sampled = answers, scores, zeros.view(2, 2)
+    monkeypatch.setattr(train_rlhf, "sample_k", lambda *_: sampled)
+    config, run = train_rlhf.Settings(samples=2, temperatures=(1.0,)), SimpleNamespace(rank=0)
+    best, stats = train_rlhf.sample_best(None, tok, {}, [prompt] * 2, config, run)
+    assert [record["answer"] for record in best] == ["yes"]
+    assert stats["left_out"] == 1
+    assert [None, best[0]] in gathered
