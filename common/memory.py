@@ -16,8 +16,8 @@ import torch
 
 from common.run import run_script
 from common.settings import check_settings
-from common.training import matmul_only, rank_and_world_size
-from llama2 import SIZES, ModelArgs, Transformer, kv_cache_bytes, load_json, matmul_dtype
+from common.training import rank_and_world_size
+from llama2 import SIZES, ModelArgs, kv_cache_bytes, load_json, matmul_dtype
 
 GB = 1e9
 SAMPLING = ("rejection-sampling", "ppo")  # the stages that sample answers
@@ -48,89 +48,89 @@ class Settings:
 
 def count(args: ModelArgs) -> tuple[int, int, int]:
     """Parameters: (of a language model, of its matrix products only, of one block)."""
-    with torch.device("meta"):
-        model = Transformer(args)
-    weights = model.state_dict().items()
-    products = sum(weight.numel() for name, weight in weights if matmul_only(name, weight))
-    block = sum(p.numel() for p in model.layers[0].parameters())
-    return sum(weight.numel() for _, weight in weights), products, block
+    D, F, L = args.dim, args.ffn_dim, args.n_layers
+    matrices = 2 * D * D + 2 * D * args.head_dim * args.n_kv_heads + 3 * D * F
+    block, head = matrices + 2 * D, args.vocab_size * D  # the head: embeddings, or the output
+    return 2 * head + L * block + D, L * matrices + head, block
+
+
+def held_parts(config: Settings, args: ModelArgs) -> dict[str, float]:
+    """{part: bytes} of what is held all the time."""
+    total, products, _ = count(args)
+    head = args.vocab_size * args.dim  # the output, which reward and value models lack
+    short = 2 if config.dtype == "bfloat16" else 4
+    parts = config.gpus if config.shard else 1
+    trained = {"rm": total - head, "ppo": 2 * total - head}.get(config.stage, total)
+    frozen = 0
+    if config.stage in SAMPLING:  # two reward models
+        frozen = 2 * (short * (products - head) + 4 * (total - products))
+    if config.stage == "ppo":  # the reference
+        frozen += short * products + 4 * (total - products)
+    best = config.keep == "best" and config.stage != "rejection-sampling"
+    return {
+        "weights": (4 * trained + frozen) / parts,
+        "moments of AdamW": 8 * trained / parts,
+        "best weights": 4 * total / parts * best,
+        "DDP's buckets": 4 * trained * (config.gpus > 1 and not config.shard),
+    }
+
+
+def training_parts(config: Settings, args: ModelArgs) -> dict[str, float]:
+    """{part: bytes} of what one step adds, with several micro-batches."""
+    D, F, V, L = args.dim, args.ffn_dim, args.vocab_size, args.n_layers
+    total, products, block = count(args)
+    bfloat16 = config.dtype == "bfloat16"
+    short = 2 if bfloat16 else 4
+    sequences = config.micro_batch * (2 if config.stage == "rm" else 1)
+    tokens = sequences * config.seq_len
+    models = 2 if config.stage == "ppo" else 1  # the policy and its value model
+    # Autograd keeps of each block, in bytes per token: the inputs of both norms and of the matrix
+    # products, q, k, v, and what attention and SwiGLU return.
+    kv = args.n_kv_heads / args.n_heads
+    kept = (22 + 4 * kv) * D + 8 * F if bfloat16 else (24 + 8 * kv) * D + 16 * F
+    copies = {"rm": products - V * D, "ppo": 2 * products - V * D}.get(config.stage, products)
+    with_logits = {"rm": 0, "ppo": sequences * config.max_new_tokens}.get(config.stage, tokens)
+    logits = with_logits * V
+    # The backward pass is largest at its start, with the logits' gradient, or in the last block.
+    at_start = (12 + short) * logits + (8 + short) * D * tokens * models
+    in_block = short * logits + (short * F + 4 * D) * tokens
+    activations = kept * L
+    if config.checkpoint_activations:  # only the inputs of blocks; and all of one block
+        activations, copies = 4 * D * L, 0
+        in_block += kept * tokens + 2 * block * bfloat16
+    parts = {
+        "gradients": 4 * held_parts(config, args)["moments of AdamW"] / 8,
+        "bfloat16 copies of weights": 2 * copies * bfloat16,
+        "activations": activations * tokens * models,
+        "logits, or a block's backward pass": max(at_start, in_block),
+    }
+    if config.shard and config.gpus > 1:
+        # Two blocks and a gradient. Embeddings and output: both at once, and their gradients.
+        parts["gathered weights"] = 4 * (3 * block + 2 * (total - L * block))
+    return parts
 
 
 def plan(config: Settings, args: ModelArgs) -> dict[str, dict[str, float]]:
     """{phase: {part: bytes}} of each GPU; a phase is loading, training, evaluation or sampling."""
-    D, F, V, L = args.dim, args.ffn_dim, args.vocab_size, args.n_layers
-    kv = args.n_kv_heads / args.n_heads
-    total, products, block = count(args)
-    head = V * D  # the output, which reward and value models lack
-    short = 2 if config.dtype == "bfloat16" else 4  # bytes per value in matrix products
-    parts = config.gpus if config.shard else 1
-    many = config.gpus > 1
-
-    # What is held all the time. PPO's and rejection sampling's reward models are frozen.
-    trained = [total - head * (config.stage == "rm")]
-    trained_products = products - head * (config.stage == "rm")
-    frozen = 0
-    if config.stage in SAMPLING:
-        frozen = 2 * (short * (products - head) + 4 * (total - products))
-    if config.stage == "ppo":
-        trained.append(total - head)
-        trained_products += products - head
-        frozen += short * products + 4 * (total - products)  # the reference
-    trained = sum(trained)
-    held = {
-        "weights": (4 * trained + frozen) / parts,
-        "moments of AdamW": 8 * trained / parts,
-        "best weights": 4 * total / parts * (config.keep == "best"),
-        "DDP's buckets": 4 * trained * (many and not config.shard),
-    }
-
-    # Training. Autograd keeps of each block, in bytes per token: the inputs of both norms and of
-    # the matrix products, q, k, v, and what attention and SwiGLU return.
-    rows = config.micro_batch * (2 if config.stage == "rm" else 1)
-    tokens = rows * config.seq_len
-    models = 2 if config.stage == "ppo" else 1
-    if short == 2:
-        kept = (22 + 4 * kv) * D + 8 * F
-    else:
-        kept = (24 + 8 * kv) * D + 16 * F
-    with_logits = tokens
-    if config.stage == "rm":
-        with_logits = 0
-    elif config.stage == "ppo":
-        with_logits = rows * config.max_new_tokens
-    logits = with_logits * V
-    last = (8 + short) * D * tokens * models
-    in_backward = short * logits + tokens * (short * F + 4 * D)
-    copies = 2 * trained_products * (short == 2)
-    if config.checkpoint_activations:
-        activations = tokens * 4 * D * L * models
-        in_backward += tokens * kept + 2 * block * (short == 2)
-        copies = 0
-    else:
-        activations = tokens * kept * L * models
-    training = held | {
-        "gradients": 4 * trained / parts,
-        "bfloat16 copies of weights": copies,
-        "activations": activations,
-        "logits, or a block's backward pass": max((12 + short) * logits + last, in_backward),
-    }
-    # Evaluation and sampling, where no activations are kept. Gradients are freed by then.
-    other, phases = dict(held), {"training": training}
-    if config.shard and many:
-        # Two blocks and a gradient; and the same of the embeddings and the output, until used.
-        training["gathered weights"] = 4 * (3 * block + 2 * (total - L * block))
+    D, F = args.dim, args.ffn_dim
+    total, products, _ = count(args)
+    short = 2 if config.dtype == "bfloat16" else 4
+    held = held_parts(config, args)
+    phases = {"training": held | training_parts(config, args)}
+    # The other phases keep no activations, and gradients are freed before them.
+    other = dict(held)
+    if config.shard and config.gpus > 1:
+        phases = {"loading": {"weights": held["weights"], "whole model": 4 * total}} | phases
         other["whole model"] = short * products + 4 * (total - products)
-        loading = {"weights": held["weights"], "whole model": 4 * total}
-        phases = {"loading": loading} | phases
     else:
         other["bfloat16 copies of weights"] = 2 * products * (short == 2)
     if config.stage not in SAMPLING:
-        other["logits"] = (8 + short) * logits
-        return phases | {"evaluation": other}
-    # Sampling reads the prompts of all answers in one pass, and keeps their keys and values.
+        logits = config.micro_batch * config.seq_len * args.vocab_size * (config.stage != "rm")
+        return phases | {"evaluation": other | {"logits": (8 + short) * logits}}
+    # As many answers at a time as in llama2.max_batch_size. Their prompts are read in one pass.
     free = config.gpu_memory * GB - sum(other.values())
     row = kv_cache_bytes(args, 1, config.seq_len, 4) + 16 * config.seq_len * (D + F)
-    answers = min(config.answers, max(1, free // 2 // row))  # as llama2.max_batch_size
+    answers = min(config.answers, max(1, free // 2 // row))
     prompts = answers * max(1, config.seq_len - config.max_new_tokens)
     other["KV cache"] = kv_cache_bytes(args, 1, config.seq_len, short) * answers
     other["a block's forward pass"] = prompts * (3 * short * F + 12 * D)

@@ -11,7 +11,7 @@ import llama2
 import train_rlhf
 import train_rm
 from common import memory
-from common.training import adamw, clip_and_step, copy_of
+from common.training import adamw, clip_and_step, copy_of, matmul_only
 from conftest import STAGES, model_folder, stage
 from data.records import Answer, Prompt
 from llama2 import SIZES, ModelArgs, RewardModel, Transformer, generate
@@ -146,6 +146,13 @@ def test_the_plan_of_sampling_is_within_10_percent_of_the_peak(like_a_gpu):
 
 def parameters(args) -> int:
     return memory.count(args)[0]
+
+
+def test_parameters_are_counted_as_the_model_has_them():
+    model = Transformer(ARGS)
+    products = sum(p.numel() for n, p in model.named_parameters() if matmul_only(n, p))
+    block = sum(p.numel() for p in model.layers[0].parameters())
+    assert memory.count(ARGS) == (size(model) / 4, products, block)
 
 
 def test_weights_gradients_and_moments_by_hand():
