@@ -42,7 +42,7 @@ from conftest import (
     weights,
     write_jsonl,
 )
-from data import corpus, distillation, ghost_attention, records
+from data import corpus, distillation, files, ghost_attention, records
 from data.formats import KINDS, RATINGS
 from evaluate import reward_models
 from llama2 import (
@@ -554,14 +554,14 @@ def test_long_dialogs_are_cut_after_a_whole_answer(tok):
     assert long == example  # and its time does not grow with the square of the number of turns
     (whole,) = encode_examples(tok, dialog("a b", "c d"), seq_len=turn)
     assert (len(whole.tokens), whole.cut) == (turn, False)
-    with pytest.raises(records.SkipRecord, match="longer than --seq-len in its first turn"):
+    with pytest.raises(files.SkipRecord, match="longer than --seq-len in its first turn"):
         encode_examples(tok, dialog("a " * 99, "b"), seq_len=64)
 
 
 def test_loss_mask_follows_weight_0_and_covers_plain_texts(tok):
     messages = dialog("a", "b")
     messages[1]["weight"] = 0
-    with pytest.raises(records.SkipRecord, match="no answer to train on"):
+    with pytest.raises(files.SkipRecord, match="no answer to train on"):
         encode_examples(tok, messages)
     example = train_sft.encode_example({"text": "a fox lived"}, tok, 64)
     assert example.tokens == tok.encode("a fox lived", bos=True, eos=True)
@@ -723,7 +723,7 @@ def test_long_pairs_keep_their_end_and_are_dropped_without_a_difference(tok):
     assert (short.chosen, short.rejected) == (whole.chosen[-20:], whole.rejected[-20:])
     assert whole.chosen[-1] == whole.rejected[-1] == tok.eos_id
     pair = dict(prompt="a", chosen="yes" + " w" * 60, rejected="no" + " w" * 60)
-    with pytest.raises(records.SkipRecord, match="context"):
+    with pytest.raises(files.SkipRecord, match="context"):
         encode_pairs(tok, pair, context=20)
 
 
@@ -1291,7 +1291,7 @@ def test_distillation_trains_on_the_answer_with_the_higher_safety_score(
     )
 
     def written():
-        return [record for _, record in records.read_json(config.out)]
+        return [record for _, record in files.read_json(config.out)]
 
     distillation.main(config)
     assert "prefers the distilled answer of 2" in capsys.readouterr().out

@@ -11,8 +11,8 @@ import math
 import torch
 
 from bench import OUT, append_rows, evaluate, parse_args, print_table, run_paper
+from data.files import read_json
 from data.ghost_attention import instruct_first_message
-from data.records import read_json
 from evaluate.answers import TURNS, Settings, hold_conversations
 from llama2 import apply_rotary_emb, encode_dialog, load, write_json
 

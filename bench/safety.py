@@ -8,7 +8,8 @@ python -m bench.safety red-team       successful attacks are added to the safety
 import random
 
 from bench import OUT, append_rows, evaluate, parse_args, print_table, run, run_paper, train
-from data.records import assistant_message, prompt_to_messages, write_records
+from data.files import write_records
+from data.records import assistant_message, prompt_to_messages
 from llama2 import load, respond
 from tinytown import annotator, prompts, world
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from common.run import Output, checkpoint_files, run_script
 from common.settings import check_settings
 from common.training import all_gather, derive_seed, is_main, local_part, print0, setup
-from data.records import answer_again, data_paths, read_prompts, write_records
+from data.files import data_paths, write_records
+from data.records import answer_again, read_prompts
 from llama2 import Dtype, Transformer, load, text_after
 
 

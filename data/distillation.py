@@ -23,17 +23,9 @@ from dataclasses import dataclass
 from common.run import Output, checkpoint_files, load_fitting, run_script
 from common.settings import check_settings
 from common.training import all_gather, derive_seed, is_main, local_part, print0, setup
-from data.records import (
-    SkipRecord,
-    assistant_message,
-    data_paths,
-    get_field,
-    read_and_count,
-    read_instructions,
-    read_prompt,
-    to_messages,
-    write_records,
-)
+from data.fields import get_field
+from data.files import SkipRecord, data_paths, read_and_count, write_records
+from data.records import assistant_message, read_instructions, read_prompt, to_messages
 from llama2 import (
     Dtype,
     RewardModel,

@@ -29,16 +29,9 @@ from dataclasses import dataclass
 from common.run import Output, checkpoint_files, run_script
 from common.settings import check_settings
 from common.training import all_gather, derive_seed, is_main, local_part, print0, setup
+from data.files import data_paths, read_and_count, write_records
 from data.formats import combine_instructions
-from data.records import (
-    assistant_message,
-    data_paths,
-    read_and_count,
-    read_instructions,
-    to_messages,
-    user_message,
-    write_records,
-)
+from data.records import assistant_message, read_instructions, to_messages, user_message
 from llama2 import Dtype, Tokenizer, Transformer, encode_dialog, generate, load, respond
 
 

@@ -26,17 +26,9 @@ from typing import Literal
 from common.run import Output, check_jsonl, checkpoint_files, load_fitting, run_script
 from common.settings import check_settings
 from common.training import all_gather, derive_seed, is_main, local_part, print0, setup
+from data.files import data_paths, read_and_count, read_objects, write_records
 from data.formats import RATINGS
-from data.records import (
-    Prompt,
-    answer_again,
-    data_paths,
-    prompt_to_messages,
-    read_and_count,
-    read_objects,
-    to_prompt,
-    write_records,
-)
+from data.records import Prompt, answer_again, prompt_to_messages, to_prompt
 from llama2 import Dtype, Tokenizer, Transformer, generate, load, respond
 
 

@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.records import get_field, read_json, shared_reason, split_weight
+from data.fields import get_field
+from data.files import read_json, shared_reason, split_weight
 
 KNOWN = (".txt", ".jsonl", ".jsonl.gz")
 

@@ -8,7 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from common.tables import table
-from data.records import read_objects, read_prompt, to_prompt
+from data.files import read_objects
+from data.records import read_prompt, to_prompt
 from llama2 import Tokenizer
 from tinytown.prompts import TOPICS
 

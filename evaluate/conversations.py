@@ -21,8 +21,9 @@ from common.run import load_fitting, run_script
 from common.settings import check_settings
 from common.tables import table
 from common.training import setup
+from data.files import read_objects
 from data.ghost_attention import obeys
-from data.records import assistant_message, read_objects, user_message
+from data.records import assistant_message, user_message
 from evaluate import check_town_prompt, name_folders, wilson
 from llama2 import (
     Dtype,

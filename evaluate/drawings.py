@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from common.run import run_script
-from data.records import read_objects
+from data.files import read_objects
 from evaluate.figures import (
     BLUE,
     GREY,

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from common.run import load_fitting, run_script
 from common.tables import table
 from common.training import setup
+from data.files import read_records
 from data.formats import KINDS, RATINGS
-from data.records import prompt_to_messages, read_records, to_pair
+from data.records import prompt_to_messages, to_pair
 from evaluate import name_folders, read_town_prompts, wilson
 from llama2 import Dtype, RewardModel, Tokenizer, load, score_sequences, write_json
 from tinytown.annotator import annotator_rngs, compare, gwet_ac2, to_likert

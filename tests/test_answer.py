@@ -9,7 +9,8 @@ import pytest
 from common.run import run_script
 from conftest import EXACT, dialog, write_jsonl
 from data import answer
-from data.records import read_answers, read_json
+from data.files import read_json
+from data.records import read_answers
 from llama2 import load, respond
 
 

@@ -9,7 +9,7 @@ import torch
 
 import llama2
 from conftest import EXACT, dialog, make_model, write_jsonl
-from data import ghost_attention, preferences, records
+from data import files, ghost_attention, preferences, records
 from evaluate.reward_models import user_texts
 from llama2 import save
 from tinytown import annotator
@@ -22,7 +22,7 @@ def preference_settings(inputs, out, **changes):
 
 
 def read(path):
-    return [record for _, record in records.read_json(path)]
+    return [record for _, record in files.read_json(path)]
 
 
 def test_both_models_answer_at_all_temperatures_and_in_either_order(monkeypatch):

@@ -19,8 +19,9 @@ import llama2
 from bench import deviation, ghost, margin, rlhf, speed, stages
 from bench.ghost import attention_weights
 from conftest import ARGS, EXACT, ROOT, dialog, make_model, max_difference, write_jsonl
+from data.files import read_json
 from data.formats import KINDS
-from data.records import Answer, Prompt, read_json, to_prompt, user_message
+from data.records import Answer, Prompt, to_prompt, user_message
 from evaluate import (
     answers,
     conversations,

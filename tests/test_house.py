@@ -49,7 +49,7 @@ MAY_IMPORT = {  # a file or folder -> the modules of this project that it may im
     "tinytown": ("data.formats", "tinytown"),
     "common": ("common", "llama2"),
     "data": ("common", "data", "llama2"),
-    "train": ("common", "data.formats", "data.records", "llama2"),
+    "train": ("common", "data.files", "data.formats", "data.records", "llama2"),
     "evaluate": ("common", "data", "evaluate", "llama2", "tinytown", "train_rm", "train_rlhf"),
 }
 EXCEPTIONS = {

@@ -13,7 +13,7 @@ import pytest
 import llama2
 import train_rm
 from conftest import EXACT, ROOT, dialog, hh_text, run_command, stage, write_jsonl
-from data.records import read_json
+from data.files import read_json
 from evaluate import answers, scoreboard
 
 # ---------------------------------------------------------------------------- the README's commands

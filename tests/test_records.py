@@ -9,7 +9,7 @@ import pytest
 import train_rm
 import train_sft
 from conftest import dialog, hh_text, make_model, write_jsonl
-from data import records
+from data import fields, files, records
 from llama2 import encode_dialog
 
 USER, ANSWER = dialog("a", "b")
@@ -200,7 +200,7 @@ def test_a_bad_record_is_an_error_with_its_line_or_is_skipped(tmp_path, tok, kin
     def read(skip_bad):
         if kind == "instruction":
             return records.read_instructions([path], tok, skip_bad), {error: 1}
-        return records.read_records([path], make_parser(kind, tok), skip_bad)
+        return files.read_records([path], make_parser(kind, tok), skip_bad)
 
     with pytest.raises(ValueError, match=re.escape(f"{path}:2: ")) as e:
         read(skip_bad=False)
@@ -217,8 +217,8 @@ def test_a_broken_line_is_an_error_with_its_place_or_is_skipped(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n' + line + b"\n" + b'{"a": 2}\n')
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: (broken JSON|not UTF-8)"):
-        records.read_records([path], lambda record: record)
-    good, left_out = records.read_records([path], lambda record: record, skip_bad=True)
+        files.read_records([path], lambda record: record)
+    good, left_out = files.read_records([path], lambda record: record, skip_bad=True)
     assert good == [{"a": 1}, {"a": 2}]
     assert list(left_out) in (["broken JSON"], ["not UTF-8 text"])
 
@@ -241,10 +241,10 @@ USELESS_PAIRS = [
 def test_pairs_without_a_usable_difference_are_left_out_and_counted(tmp_path, tok):
     parse = make_parser("pair", tok)
     for record, reason in USELESS_PAIRS:
-        with pytest.raises(records.SkipRecord, match=reason):
+        with pytest.raises(files.SkipRecord, match=reason):
             parse(record)
     useless = [record for record, _ in USELESS_PAIRS]
-    good, left_out = records.read_records(
+    good, left_out = files.read_records(
         [write_jsonl(tmp_path / "p.jsonl", [PAIR, *useless])], parse
     )
     assert (len(good), sum(left_out.values())) == (1, len(useless))
@@ -336,10 +336,10 @@ def test_files_may_have_lines_or_an_array_whatever_their_names(tmp_path):
         "l.jsonl.gz": gzip.compress(lines),
     }.items():
         (tmp_path / name).write_bytes(content)
-        assert [record for _, record in records.read_json(tmp_path / name)] == data
+        assert [record for _, record in files.read_json(tmp_path / name)] == data
     with pytest.raises(ValueError, match="bom.jsonl:1: expected an object with .* 'prompt' is"):
-        list(records.read_objects(tmp_path / "bom.jsonl", prompt=str))
-    places = [place for place, _ in records.read_json(tmp_path / "a.json")]
+        list(files.read_objects(tmp_path / "bom.jsonl", prompt=str))
+    places = [place for place, _ in files.read_json(tmp_path / "a.json")]
     assert places == [f"{tmp_path}/a.json: record 1", f"{tmp_path}/a.json: record 2"]
 
 
@@ -347,8 +347,8 @@ def test_a_weight_after_a_file_name_says_how_often_it_is_read(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", range(100))
     with_colon = write_jsonl(tmp_path / "b:2.jsonl", range(3))
 
-    def read(*files):
-        return records.read_records(list(map(str, files)), lambda record: record)[0]
+    def read(*paths):
+        return files.read_records(list(map(str, paths)), lambda record: record)[0]
 
     assert read(path) == list(range(100))
     assert read(f"{path}:2") == list(range(100)) * 2
@@ -365,10 +365,10 @@ def test_a_weight_after_a_file_name_says_how_often_it_is_read(tmp_path):
 
 def test_held_out_examples_and_their_copies_are_not_in_the_training_data():
     examples = [(f"a{i % 20}", i) for i in range(600)]
-    train, val = records.hold_out(examples, lambda example: example[0], 0.1, seed=1)
+    train, val = files.hold_out(examples, lambda example: example[0], 0.1, seed=1)
     assert (len(val), len(train)) == (2 * 30, 540)
     assert not {key for key, _ in train} & {key for key, _ in val}
-    assert val != records.hold_out(examples, lambda example: example[0], 0.1, seed=2)[1]
+    assert val != files.hold_out(examples, lambda example: example[0], 0.1, seed=2)[1]
 
 
 def test_a_dialogue_and_its_beginnings_are_held_out_together(tok):
@@ -376,7 +376,7 @@ def test_a_dialogue_and_its_beginnings_are_held_out_together(tok):
     parts = whole + [messages[:2] for messages in whole]
     parts += [dialog(f" Hello {i}\n", "Yes.", system="Be kind.") for i in range(40)]
     examples = [train_sft.encode_example({"messages": part}, tok, 256) for part in parts]
-    train, val = records.hold_out(examples, lambda example: example.opening, 0.2, seed=1)
+    train, val = files.hold_out(examples, lambda example: example.opening, 0.2, seed=1)
     assert len(val) == 3 * 8
     assert not {example.opening for example in train} & {example.opening for example in val}
 
@@ -439,7 +439,7 @@ def test_a_key_that_changes_what_a_record_means_is_refused_by_its_name(key):
 
 
 def test_a_key_that_only_repeats_or_describes_the_dialogue_is_harmless():
-    assert not records.unused_keys(dict(system_title="x", score_chosen=1, best_of_n=3, model="x"))
+    assert not fields.unused_keys(dict(system_title="x", score_chosen=1, best_of_n=3, model="x"))
     both = dict(chosen=[USER, ANSWER], rejected=[USER, ANSWER | {"content": "c"}])
     record = dict(prompt="a", messages=[USER, ANSWER], **both, prompt_id="x", score_chosen=5.0)
     assert records.to_messages(record) == [USER, ANSWER]  # UltraFeedback's keys
@@ -451,12 +451,12 @@ def test_a_key_that_only_repeats_or_describes_the_dialogue_is_harmless():
 def test_keys_that_nothing_is_known_of_are_printed_once_a_file(tmp_path, capsys):
     record = dict(messages=[USER | {"mood": 1}, ANSWER], views=3, id=1, model_name="x")
     path = write_jsonl(tmp_path / "a.jsonl", [record] * 3)
-    records.read_records([path], records.to_messages)
+    files.read_records([path], records.to_messages)
     assert capsys.readouterr().out == f"{path}: keys not used: mood, views\n"
     # One harmless word is not enough, and a long text does more than to describe a record.
     strange = dict(source_text="The hen", user_profile="a fox", notes="The hen sat. " * 20)
     path = write_jsonl(path, [record | strange])
-    records.read_records([path], records.to_messages)
+    files.read_records([path], records.to_messages)
     assert "mood, notes, source_text, user_profile, views" in capsys.readouterr().out
 
 
@@ -551,9 +551,9 @@ def test_a_text_may_speak_of_other_chat_formats(question, answer):
 )
 def test_a_long_text_is_searched_for_marks_in_linear_time(part):
     text = (part * 99999)[:99999]
-    records.check_text(f"a{text}a", 1)
-    records.check_text(f"{text}a", 1)
-    records.without_ends(text)
+    fields.check_text(f"a{text}a", 1)
+    fields.check_text(f"{text}a", 1)
+    fields.without_ends(text)
 
 
 @pytest.mark.parametrize("blank", ["", " \n", "\u200b", "\ufeff\u00a0"])
@@ -566,7 +566,7 @@ def test_an_empty_message_is_no_part_of_a_dialogue(tok, blank):
         (records.to_text, dict(text=blank)),
         (records.to_pair, PAIR | dict(chosen=blank)),
     ):
-        with pytest.raises(records.SkipRecord, match="an empty (message|text|answer)"):
+        with pytest.raises(files.SkipRecord, match="an empty (message|text|answer)"):
             parse(record)
     with pytest.raises(ValueError, match='"instruction" is empty'):
         records.to_messages(dict(instruction=blank, input="The hen", output="b"))
@@ -576,7 +576,7 @@ def test_an_empty_message_is_no_part_of_a_dialogue(tok, blank):
 
 def test_a_text_may_have_an_id_but_no_end_mark_and_must_not_be_empty():
     assert records.to_text({"text": "The hen sat.<|endoftext|>", "id": 3}) == "The hen sat."
-    with pytest.raises(records.SkipRecord, match="empty text"):
+    with pytest.raises(files.SkipRecord, match="empty text"):
         records.to_text({"text": " "})
     with pytest.raises(ValueError, match='"label" is not supported'):
         records.to_text({"text": "a", "label": 1})
@@ -597,14 +597,14 @@ def test_a_prompt_beside_whole_dialogues_must_repeat_them():
 
 def test_answers_of_several_turns_are_left_out_unless_only_the_last_one_differs():
     chosen, rejected = (dialog("a", text, "more", text + "!")[1:] for text in "bc")
-    with pytest.raises(records.SkipRecord, match="answers of several turns"):
+    with pytest.raises(files.SkipRecord, match="answers of several turns"):
         records.to_pair(dict(prompt=[USER], chosen=chosen, rejected=rejected))
     one, other = ([ANSWER, {"role": "user", "content": text}, ANSWER] for text in "mn")
     for rejected_turns in ([ANSWER], other):
-        with pytest.raises(records.SkipRecord, match="answers of several turns"):
+        with pytest.raises(files.SkipRecord, match="answers of several turns"):
             records.to_pair(dict(prompt="a", chosen=one, rejected=rejected_turns))
     whole = dict(chosen=SYSTEM, rejected=SYSTEM[1:], prompt="a")
-    with pytest.raises(records.SkipRecord, match="prompts that differ"):
+    with pytest.raises(files.SkipRecord, match="prompts that differ"):
         records.to_pair(whole)
     pair = records.to_pair(dict(prompt=[USER], chosen=chosen, rejected=[*chosen[:2], rejected[2]]))
     assert (pair.messages, pair.rejected) == (dialog("a", "b", "more"), "c!")
@@ -628,7 +628,7 @@ def test_all_left_out_records_are_counted_though_few_reasons_are_shown(tmp_path)
         raise ValueError("bad " + "x" * number)
 
     path = write_jsonl(tmp_path / "a.jsonl", range(10))
-    _, left_out = records.read_records([path], parse, skip_bad=True)
+    _, left_out = files.read_records([path], parse, skip_bad=True)
     assert left_out.total() == 10
     assert left_out["other reasons"] == 4
 
@@ -639,10 +639,10 @@ def test_a_file_in_utf_16_is_named_before_a_line_is_used(tmp_path, name):
     for text in ('{"prompt": "a"}\n' * 3, '[{"prompt": "a"}]'):
         path.write_bytes(text.encode(name))
         with pytest.raises(ValueError, match="UTF-16 or UTF-32, expected UTF-8: convert it first"):
-            records.read_records([path], lambda record: record, skip_bad=True)
+            files.read_records([path], lambda record: record, skip_bad=True)
 
 
 @pytest.mark.parametrize("spec", [r"C:\data\a.jsonl", "2024-11-28T10:30/a.jsonl", "https://a.b/c"])
 def test_a_missing_file_whose_name_has_a_colon_does_not_exist(spec):
     with pytest.raises(ValueError, match="does not exist"):
-        records.split_weight(spec)
+        files.split_weight(spec)

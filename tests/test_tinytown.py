@@ -13,7 +13,7 @@ import pytest
 
 import train_rlhf
 from conftest import dialog
-from data import ghost_attention, records
+from data import fields, ghost_attention, records
 from data.formats import combine_instructions
 from tinytown import annotator, conversations, prompts, world
 from tinytown.__main__ import greeting, main as write_town
@@ -258,7 +258,7 @@ def test_the_last_message_of_a_prompt_asks_the_content_that_its_record_names(tow
 def test_no_key_of_a_file_is_unknown_to_those_who_read_it(town):
     for name in town.keys() - {"obedience", "conversations"}:  # evaluate/ reads these itself
         file_records = town[name]
-        assert not {key for record in file_records for key in records.unused_keys(record)}, name
+        assert not {key for record in file_records for key in fields.unused_keys(record)}, name
 
 
 def test_training_never_has_the_wordings_of_held_out_questions(town):
