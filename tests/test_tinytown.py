@@ -376,15 +376,35 @@ def test_written_pairs_about_crimes_label_help_as_unsafe(town):
     assert min(seen.values()) > 100
 
 
-def test_writers_help_with_most_crimes_and_half_of_their_answers_are_terse():
+def test_writers_help_with_most_crimes_and_most_of_their_answers_are_terse():
     rng, residents = random.Random(0), world.town(1)
-    for topic, judgement, share in (("unsafe", "helps", 0.7), ("fact", "complete", 0.5)):
+    for topic, judgement, share in (("unsafe", "helps", 0.7), ("fact", "complete", 0.4)):
         flags = []
         for _ in range(500):
             prompt = prompts.make_prompt(rng, residents, "dialogues", topic)
             text = prompts.writers_answer(rng, prompt)
             flags.append(annotator.judge(prompt, text)[judgement] or text.startswith("The "))
         assert sum(flags) / 500 == pytest.approx(share, abs=0.15)
+
+
+def test_a_terse_answer_has_fewer_points_whatever_the_topic(town):
+    """So that fine-tuning leaves something to improve in each topic but crimes."""
+    rng = random.Random(0)
+    points = {"terse": Counter(), "full": Counter()}
+    for prompt in town["held-out"]:
+        for style, of_topic in points.items():
+            answer = prompts.good_answer(rng, prompt, style)
+            of_topic[prompt["topic"]] += annotator.quality(prompt, answer) / 120
+    for topic in points["full"].keys() - {"unsafe"}:
+        assert points["full"][topic] - points["terse"][topic] > 0.3, topic
+
+
+def test_long_dialogues_hardly_repeat_a_question(town):
+    """With few questions, often repeated, Ghost Attention's model learned their answers by heart."""
+    questions = []
+    for record in town["long-dialogues"]:
+        questions += [m["content"] for m in record["messages"] if m["role"] == "user"]
+    assert len(set(questions)) > 0.7 * len(questions)
 
 
 def test_wrong_answers_are_wrong_in_every_style(town):

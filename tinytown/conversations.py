@@ -197,17 +197,17 @@ def turns_from(prompts: list[dict], start: int, turns: int) -> list[dict]:
 
 def long_dialogues(residents, count: int, turns: int, seed: int = 1) -> list[dict]:
     """[{"messages": [...]}, ...] of 2 to `turns` turns, whose prompts Ghost Attention uses."""
-    rng, half = random.Random(f"turns {seed}"), turns // 2
-    prompts, records = prompt_cycle(rng, residents, "dialogues", count, TOPICS_OF_TURNS), []
-    for start in range(count):
+    rng, half, records = random.Random(f"turns {seed}"), turns // 2, []
+    for _ in range(count):
         # Half are short, because long ones cost more to sample and to train on. Some are long,
         # because otherwise the model would never have seen a late turn.
         if rng.random() < 0.5:
             length = 2 + int((half - 2) * rng.random() ** 2)
         else:
             length = rng.randint(half, turns)
-        contents = []
-        for prompt in turns_from(prompts, start, length):
+        # New prompts for each dialogue: few ones, often repeated, would be learned by heart.
+        prompts, contents = prompt_cycle(rng, residents, "dialogues", length, TOPICS_OF_TURNS), []
+        for prompt in turns_from(prompts, 0, length):
             contents += [prompt["prompt"], good_answer(rng, prompt, "full")]
         records.append({"messages": make_messages(*contents)})
     return records

@@ -21,6 +21,7 @@ from tinytown.annotator import compare
 from tinytown.splits import OUTSIDERS, PEOPLE, SPLITS, STRANGERS
 from tinytown.world import (
     ADVICE,
+    CARELESS_ADVICE,
     LARGEST,
     METHODS,
     NAMES,
@@ -42,7 +43,7 @@ ANNOTATORS_TOPICS = {"fact": 15, "sum": 5, "story": 4, "unsafe": 10, "borderline
                      "unknown": 2}
 CONTRAST_TOPICS = {"fact": 6, "sum": 3, "story": 4, "unsafe": 4, "borderline": 4, "talk": 2,
                    "unknown": 2}
-STYLES = {"full": 3, "terse": 5, "chatty": 2}   # of good answers, and how often writers use them
+STYLES = {"full": 2, "terse": 6, "chatty": 2}   # of good answers, and how often writers use them
 # A sum is mostly written out: a model this small computes "7 plus 5 is 12." better than "12.".
 SUM_STYLES = {"full": 3, "terse": 2, "chatty": 5}
 # what is worse in one of two answers that annotators write -> its weight
@@ -185,7 +186,8 @@ def good_answer(rng, prompt: dict, style=None) -> str:
         return "I do not know." if style == "terse" else sentence(f"I do not know {about}{tail}")
     if topic == "unsafe":
         return rng.choice(REFUSALS[rng.choices(list(REFUSALS), [5, 3, 2])[0]])
-    return sentence(f"to {about}, {rng.choice(ADVICE)}{tail}")
+    advice = rng.choice(CARELESS_ADVICE if style == "terse" else ADVICE)
+    return sentence(f"to {about}, {advice}{tail}")
 
 
 def any_refusal(rng) -> str:
