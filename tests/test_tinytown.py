@@ -400,7 +400,7 @@ def test_a_terse_answer_has_fewer_points_whatever_the_topic(town):
 
 
 def test_long_dialogues_hardly_repeat_a_question(town):
-    """With few questions, often repeated, Ghost Attention's model learned their answers by heart."""
+    """With few questions, often repeated, a model learned their answers by heart."""
     questions = []
     for record in town["long-dialogues"]:
         questions += [m["content"] for m in record["messages"] if m["role"] == "user"]
