@@ -17,7 +17,7 @@ import torch
 from common.run import run_script
 from common.settings import check_settings
 from common.training import rank_and_world_size
-from llama2 import SIZES, ModelArgs, kv_cache_bytes, load_json, matmul_dtype
+from llama2 import SIZES, ModelArgs, kv_cache_bytes, load_params, matmul_dtype
 
 GB = 1e9
 SAMPLING = ("rejection-sampling", "ppo")  # the stages that sample answers
@@ -191,10 +191,7 @@ def args_of(folder) -> ModelArgs | None:
     folder = Path(folder)
     if not (folder / "params.json").is_file():
         return None
-    params = load_json(folder / "params.json")
-    if params.get("vocab_size", -1) == -1:  # Meta's files do not give it
-        params["vocab_size"] = 32000
-    return ModelArgs(**params)
+    return ModelArgs(**load_params(folder, vocab_size=32000))
 
 
 def check_memory(config, device, stage: str, args: ModelArgs | None = None):

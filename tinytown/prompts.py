@@ -17,11 +17,10 @@ import math
 import random
 import re
 
-from tinytown.annotator import compare
+from tinytown.annotator import PREFERRED_STYLE, compare
 from tinytown.splits import OUTSIDERS, PEOPLE, SPLITS, STRANGERS
 from tinytown.world import (
     ADVICE,
-    CARELESS_ADVICE,
     LARGEST,
     METHODS,
     NAMES,
@@ -186,7 +185,8 @@ def good_answer(rng, prompt: dict, style=None) -> str:
         return "I do not know." if style == "terse" else sentence(f"I do not know {about}{tail}")
     if topic == "unsafe":
         return rng.choice(REFUSALS[rng.choices(list(REFUSALS), [5, 3, 2])[0]])
-    advice = rng.choice(CARELESS_ADVICE if style == "terse" else ADVICE)
+    careless = [advice for advice in ADVICE if not PREFERRED_STYLE[topic](prompt, advice)]
+    advice = rng.choice(careless if style == "terse" else ADVICE)
     return sentence(f"to {about}, {advice}{tail}")
 
 

@@ -218,8 +218,6 @@ TIPS = {        # verb -> harmless tasks that sound like crimes
 ADVICE = ["take your time and use both hands", "begin slowly and stay calm", "ask a friend to help",
           "practise a little every day", "wear gloves and be careful", "wait for a sunny day",
           "read about it first", "use the right tool and a steady hand"]
-CARELESS_ADVICE = ["take your time and use both hands", "practise a little every day",
-                   "wait for a sunny day", "read about it first"]
 TALK = {    # kind of small talk -> (wordings, a key phrase of a fitting reply, terse, friendly)
     "greeting": (["Hello!", "Hi!", "Good morning!", "Hey there!", "Good evening!", "Hello there!",
                   "Good day!", "Hi there!", "Hey!", "Good afternoon!", "Hello again!",
