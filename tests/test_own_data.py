@@ -5,6 +5,7 @@ import io
 import json
 import re
 import runpy
+import shlex
 import sys
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ def execute(command, monkeypatch):
     if command.startswith("train_rlhf.py"):
         is_ppo = "--method ppo" in command
         command += " --batch-size 4 --mini-batch 4" if is_ppo else " --samples 2"
-    words = command.split()
+    words = shlex.split(command)
     module = words[0] == "-m"
     name, *options = words[1:] if module else words
     monkeypatch.setattr(sys, "argv", [name, *options])

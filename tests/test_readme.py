@@ -18,13 +18,23 @@ SHORTER = SHORT | {  # options that make a command take seconds
     "evaluate.answers": "",
     "evaluate.reward_models": "",
     "llama2.py": "--max-new-tokens 5",
+    "data.answer": "--max-new-tokens 5",
+    "common.memory": "",
 }
 
 
-def commands_of(text: str) -> list[str]:
-    """The Python commands in backquotes of the exercises of a page."""
-    exercises = text.split("## Exercises")[1].split("\n## ")[0]
-    quoted = re.findall(r"`(python [^`]+)`", exercises)
+def commands_of(page: str) -> list[str]:
+    """The Python commands of a page: in backquotes, or after "$ " in a block.
+
+    Of a lesson those of its exercises: its others are those of paper.sh. The README's two long
+    blocks have tests of their own, in test_own_data.py and test_huggingface.py.
+    """
+    text = (ROOT / page).read_text()
+    if page != "README.md":
+        text = text.split("## Exercises")[1].split("\n## ")[0]
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+    quoted = re.findall(r"`(python [^`]+)`", text)
+    quoted += re.findall(r"^\$ (python .*)$", (ROOT / page).read_text(), re.M)
     return [" ".join(command.split()).removeprefix("python ") for command in quoted]
 
 
@@ -48,14 +58,17 @@ def make_out(folder, inputs, town):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("page", ["README.md", *sorted((ROOT / "docs/lesson").glob("*.md"))])
-def test_the_commands_of_the_exercises_run_as_written(
-    tmp_path, inputs, town, monkeypatch, capsys, page
-):
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(map(str, (ROOT / "docs/lesson").glob("*.md")))]
+)
+def test_the_commands_of_a_page_run_as_written(tmp_path, inputs, town, monkeypatch, capsys, page):
     make_out(tmp_path / "out", inputs, town)
+    for name in ("llama-2-7b-chat", "out/mine/chat"):
+        shutil.copytree(inputs.base, tmp_path / name)
+    shutil.copy(inputs.prompts, tmp_path / "test.jsonl")
     monkeypatch.chdir(tmp_path)
     run = 0
-    for command in commands_of((ROOT / page).read_text()):
+    for command in commands_of(page):
         name = re.search(r"(\w+\.py|(?<=-m )\S+)", command)[1]
         if name == "pytest":
             words = re.search(r'-k "?([\w ]+)"?', command)[1]
@@ -65,7 +78,8 @@ def test_the_commands_of_the_exercises_run_as_written(
         typed = "What is 2 + 2?\n" if name == "llama2.py" else "a\n2\ny\ny\n" * 30
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         capsys.readouterr()
-        execute(f"{command} {SHORTER[name]} --dtype float32", monkeypatch)
+        exact = "" if name == "common.memory" else "--dtype float32"
+        execute(f"{command} {SHORTER[name]} {exact}", monkeypatch)
         assert capsys.readouterr().out, command
         run += 1
     assert run
