@@ -459,7 +459,8 @@ def test_gradient_norm_is_clipped_to_1_and_a_nan_makes_no_step():
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
         start = model.weight.detach().clone()
         (scale * model(torch.tensor([3.0, 4.0]))).backward()
-        training.clip_and_step(model, optimizer)
+        norm = training.clip_and_step(model, optimizer)
+        assert norm.item() == pytest.approx(5 * scale, rel=1e-4)  # before clipping
         step_length = (model.weight - start).norm().item()
         assert step_length == pytest.approx(min(1.0, 5 * scale), rel=1e-4)
         assert model.weight.grad is None

@@ -208,15 +208,32 @@ def test_the_log_has_the_tokens_per_second_since_the_last_line(tmp_path, monkeyp
         clock[0] += 2
         run.count_step(1000)
         if step % 2 == 0:
-            run.log(step, loss=1.0)
+            run.log(step, **run.take_means())
             assert "500 tokens/s" in capsys.readouterr().out
+            clock[0] += 60
+            run.log(step, accuracy=0.5)  # an evaluation, whose time is not that of training
+            assert "tokens/s" not in capsys.readouterr().out
+    first, evaluation, *_ = map(json.loads, (tmp_path / "metrics.jsonl").open())
+    means = {"tokens": 2000, "tokens_per_second": 500}
+    assert first == {"step": 2, "time": 4.0, **means}
+    assert evaluation == {"step": 2, "time": 64.0, "tokens": 2000, "accuracy": 0.5}
+
+
+def test_without_tensorboard_one_line_names_the_package_before_training(
+    tmp_path, inputs, monkeypatch, expect_error
+):
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is then an error
+    script, config = stage("sft", inputs, tmp_path / "out", tensorboard=True)
+    expect_error(script, config, "--tensorboard needs the package tensorboard: pip install")
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_the_log_has_null_for_nan_and_infinity(tmp_path):
     run = start_run(tmp_path)
     run.log(1, loss=float("nan"))
     run.log_samples(2, [{"reward": float("inf")}, {"reward": 1.0}])
-    assert read_log(tmp_path) == [{"step": 1, "loss": None}]
+    assert read_log(tmp_path) == [{"step": 1, "tokens": 0, "loss": None}]
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
     samples = [{"step": 2, "reward": None}, {"step": 2, "reward": 1.0}]
     assert [json.loads(line) for line in lines] == samples

@@ -30,9 +30,9 @@ from data import records
 
 STOP = {"pretrain": 4, "sft": 3, "rm": 3, "rejection-sampling": 2, "ppo": 1}  # steps
 SHORT = {  # both processes must draw the same mini-batches of PPO, so one is the whole batch
-    "pretrain": dict(max_steps=7),
-    "sft": dict(epochs=1),
-    "rm": dict(epochs=1),
+    "pretrain": dict(max_steps=7, log_every=3),
+    "sft": dict(epochs=1, log_every=2),
+    "rm": dict(epochs=1, log_every=2),
     "rejection-sampling": dict(tune_epochs=4),
     "ppo": dict(mini_batch=8, iterations=3),
 }

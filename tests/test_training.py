@@ -59,7 +59,9 @@ def whole_runs(tmp_path_factory, inputs, answers_with_eos):
     """{stage: (script, settings, metrics)} of a run of each stage, from start to end."""
     results = {}
     for name in STAGES:
-        script, config = stage(name, inputs, tmp_path_factory.mktemp(name))
+        # A run may be saved between two lines of the log: here saves come every 2 steps.
+        changes = dict(log_every=3) if hasattr(SCRIPTS[name].Settings, "log_every") else {}
+        script, config = stage(name, inputs, tmp_path_factory.mktemp(name), **changes)
         results[name] = script, config, script.main(config)
     return results
 
@@ -85,7 +87,7 @@ def test_pretraining_makes_a_model_of_its_size_that_learns_and_writes(tmp_path, 
     assert metrics["val/stories"] < curve[1] - 1
     model, _ = load(config.out)
     assert (model.args.dim, model.args.max_seq_len) == (SIZES["tiny"]["dim"], 32)
-    line = r"step 30/30  loss [\d.]+  lr [\de.-]+  [\d,]+ tokens/s  left 0:00"
+    line = r"step 30/30  loss [\d.]+  grad_norm [\d.]+  lr [\de.-]+  [\d,]+ tokens/s  left 0:00"
     assert re.search(line, capsys.readouterr().out)
     assert not (tmp_path / "out/resume.pt").exists()
     llama2.main(["complete", config.out, "Once upon", "--max-new-tokens", "5"])
@@ -142,7 +144,7 @@ def test_ctrl_c_finishes_the_step_saves_and_prints_how_to_resume(
     assert str(e.value).endswith(f"python {script.__name__}.py --lr 1 --resume")
     step = torch.load(model_folder(config) / "resume.pt", weights_only=True)["step"]
     assert step == {"ppo": 2}.get(name, 5)  # an iteration of PPO has 4 gradient steps here
-    changes = dict(save_every=2) | (dict(log_every=3) if hasattr(config, "log_every") else {})
+    changes = dict(save_every=2) | (dict(log_every=2) if hasattr(config, "log_every") else {})
     script.main(replace(config, resume=True, **changes))
     assert difference(whole, config) == 0
 
@@ -256,6 +258,41 @@ def test_rejection_sampling_does_not_continue_on_other_answers(
 
 
 # ----------------------------------------------------------------------------- looks while training
+@pytest.mark.parametrize("name", ["pretrain", "sft", "rm"])
+def test_the_log_has_the_mean_loss_and_gradient_norm_of_all_steps_since_its_last_line(
+    tmp_path, whole_runs, name
+):
+    script, config, metrics = whole_runs[name]
+    every_step = replace(config, out=str(tmp_path), log_every=1)
+    script.main(every_step)
+    steps = {line["step"]: line for line in read_log(model_folder(every_step)) if "loss" in line}
+    lines = [line for line in read_log(model_folder(config)) if "loss" in line]
+    assert [line["step"] for line in lines] == sorted({*range(3, len(steps), 3), len(steps)})
+    before = 0
+    for line in lines:
+        since = range(before + 1, line["step"] + 1)
+        for key in ("loss", "grad_norm"):
+            mean = sum(steps[step][key] for step in since) / len(since)
+            assert line[key] == pytest.approx(mean, rel=1e-9)
+        assert line["tokens"] == steps[line["step"]]["tokens"] > 0
+        before = line["step"]
+    assert metrics["loss"] == lines[-1]["loss"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_line_of_the_log_has_the_time_and_the_tokens_so_far(whole_runs, name):
+    _, config, _ = whole_runs[name]
+    log = (model_folder(config) / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in log]
+    for key in ("time", "tokens"):
+        values = [line[key] for line in lines]
+        assert values == sorted(values)
+    means = {"tokens_per_second", "grad_norm", "value_grad_norm" if name == "ppo" else "loss"}
+    assert means <= set().union(*lines)
+    if name == "pretrain":
+        assert lines[-1]["tokens"] == config.max_steps * config.batch_size * config.seq_len
+
+
 @pytest.mark.parametrize(
     "name, metric", [("pretrain", "val/stories"), ("sft", "val_loss"), ("rm", "accuracy")]
 )
