@@ -181,7 +181,7 @@ def loss(runs):
     figure, (top, bottom) = new_figure(
         "Loss in pretraining and in fine-tuning",
         (2.5, 1.8),
-        "Thin line: the text that is trained on, mean since the point before. Markers: held-out texts. "
+        "Thin line: training, the mean since the line's last point. Markers: held-out texts. "
         + (f"Means of {len(runs)} seeds." if len(runs) > 1 else ""),
     )
     panels = ((top, "pretrain", sources), (bottom, "sft", ["val_loss"]))
