@@ -3,7 +3,8 @@
 #
 #     make                                    the same, in a virtual environment
 #     make quick, or QUICK=1 bash paper.sh    in minutes, to out/quick: fewer texts and steps, V1 by
-#                                             rejection sampling, V2 by PPO, no Ghost Attention
+#                                             rejection sampling, V2 by PPO with the same reward
+#                                             models, no Ghost Attention
 #     OUT=out/seed2 SEED=2 bash paper.sh      another town, other initial weights, other samples
 #
 # You can run it again at any time: it skips finished runs and resumes interrupted ones.
@@ -49,8 +50,8 @@ run train_pretrain.py --resume $(few --max-steps 600) --data "$OUT/pretrain/toke
 examine recall evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
 
 # §3.1: supervised fine-tuning on dialogues makes it a chat model.
-run train_sft.py --resume $(few --epochs 1) --init "$OUT/pretrain" --out "$OUT/sft" \
-    --data "$TOWN/dialogues.jsonl${QUICK:+:2.2}" "$TOWN/replay.jsonl:2"
+run train_sft.py --resume $(few --epochs 1 --val-fraction 0.01) --init "$OUT/pretrain" \
+    --data "$TOWN/dialogues.jsonl${QUICK:+:2.2}" "$TOWN/replay.jsonl:2" --out "$OUT/sft"
 examine sft evaluate.answers "$OUT/pretrain" "$OUT/sft" --show 1 \
     --prompts "$TOWN/held-out.jsonl"
 
@@ -61,29 +62,39 @@ chat=$OUT/sft other=$OUT/pretrain
 blend=0.7       # before V1: the other model's weights are 70% of the way from --other to --chat
 helpfulness=$OUT/sft safety=$OUT/sft rm_lr=5e-4
 contrasts=$TOWN/contrasts.jsonl${QUICK:+:0.5}   # pairs of annotators; later rounds see 30% of them
-replay=() earlier=() last=5     # the round that uses PPO
-if [ "$QUICK" ]; then last=2; fi
-a_round() {
-    v=$1 seed=$((100 * SEED + $1))      # each round has random numbers of its own
+replay=() earlier=()
+train_reward_models() {
     run -m data.preferences --chat "$chat" --other "$other" --blend $blend \
         --prompts "$TOWN/compare-v$v.jsonl${QUICK:+:0.25}" --out "$OUT/preferences/v$v.jsonl"
+    rm=$OUT/rm/v$v
     for kind in helpfulness safety; do
-        run train_rm.py --resume --kind $kind --init "${!kind}" --lr $rm_lr --out "$OUT/rm/v$v" \
+        run train_rm.py --resume --kind $kind --init "${!kind}" --lr $rm_lr --out "$rm" \
             --data "$OUT/preferences/v$v.jsonl" "$contrasts" "${replay[@]}"
     done
-    method=rejection-sampling
-    if [ $v = $last ]; then method=ppo; fi      # it continues from rejection sampling's result
-    run train_rlhf.py --resume $(few --iterations 10 --eval-every 5) --method $method \
-        --init "$chat" --rm "$OUT/rm/v$v" \
-        --prompts "$TOWN/prompts-v$v.jsonl" --val-prompts "$TOWN/prompts-val.jsonl" \
-        --earlier "${earlier[@]}" --out "$OUT/rlhf/v$v"
+    helpfulness=$rm/helpfulness safety=$rm/safety rm_lr=3e-4
+    replay+=("$OUT/preferences/v$v.jsonl:0.15") contrasts=$TOWN/contrasts.jsonl:0.3
+}
+train_version() {       # options of train_rlhf.py
+    run train_rlhf.py --resume "$@" --init "$chat" --rm "$rm" --out "$OUT/rlhf/v$v" \
+        --prompts "$TOWN/prompts-v$v.jsonl${QUICK:+:0.5}" \
+        --val-prompts "$TOWN/prompts-val.jsonl" --earlier "${earlier[@]}"
     other=$chat chat=$OUT/rlhf/v$v blend=0
-    helpfulness=$OUT/rm/v$v/helpfulness safety=$OUT/rm/v$v/safety rm_lr=3e-4
-    replay+=("$OUT/preferences/v$v.jsonl:0.15") earlier+=("$OUT/rlhf/v$v")
-    contrasts=$TOWN/contrasts.jsonl:0.3 seed=$SEED
+    earlier+=("$OUT/rlhf/v$v")
+}
+a_round() {
+    v=$1 seed=$((100 * SEED + $1))      # each round has random numbers of its own
+    method=rejection-sampling
+    if [ $v = 5 ]; then method=ppo; fi  # it continues from rejection sampling's result
+    train_reward_models
+    train_version --method $method
+    seed=$SEED
 }
 if [ "$QUICK" ]; then
-    for v in 1 2; do a_round $v; done
+    v=1
+    train_reward_models
+    train_version
+    v=2
+    train_version --method ppo --iterations 6 --eval-every 6
     examine quick evaluate.answers "$OUT/sft" "$OUT"/rlhf/v{1,2} --prompts "$TOWN/held-out.jsonl"
     echo "Now talk to it: python llama2.py chat $OUT/rlhf/v2"
     exit
@@ -112,7 +123,7 @@ ghost_attention() {
     run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
         --batch-size 3 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl:2" \
         "$TOWN/instructed.jsonl:0.1" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl:2" \
-        "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl:0.5"
+        "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl"
     examine obedience evaluate.answers "$OUT/instructed" "$OUT/gatt" --count 40 \
         --max-new-tokens 48 --obedience "$TOWN/obedience.jsonl"
     examine gatt evaluate.answers "$OUT/rlhf/v3" "$OUT/gatt" --prompts "$TOWN/held-out.jsonl"

@@ -188,11 +188,13 @@ def questions(record) -> list[tuple[str, set[tuple]]]:
 
 
 SPLIT_OF_FILE = {  # the split of all contents that the user's messages in a file ask
-    **dict.fromkeys(["dialogues", "instructed", "stopped", "long-dialogues"], "dialogues"),
+    **dict.fromkeys(["dialogues", "instructed", "stopped"], "dialogues"),
     **dict.fromkeys(
         [f"{name}-v{v}" for name in ("compare", "prompts") for v in range(1, 6)], "annotators"
     ),
-    **dict.fromkeys(["prompts-v5-rejection", "contrasts", "attacks"], "annotators"),
+    **dict.fromkeys(
+        ["prompts-v5-rejection", "contrasts", "attacks", "long-dialogues"], "annotators"
+    ),
     **dict.fromkeys(["prompts-val", "tuning"], "tuning"),
     "compare-test": "pairs",
     **dict.fromkeys(["held-out", "obedience", "held-out-attacks"], "never"),

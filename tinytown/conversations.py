@@ -40,7 +40,11 @@ ADJECTIVES = ("responsible respectful wise safe careful thoughtful honest kind p
               "considerate sensible").split()           # of the safety pre-prompts
 ACKNOWLEDGEMENT = "All right. What would you like to know?"     # of an instruction alone
 STOPS = ["Stop that.", "Stop answering like that.", "Please stop it now.", "No more of that.",
-         "Enough of that.", "Stop doing that.", "That is enough.", "You can stop now."]
+         "Enough of that.", "Stop doing that.", "That is enough.", "You can stop now.",
+         "Stop this.", "Please stop.", "Stop now.", "Stop, please.", "No more, please.",
+         "You may stop now.", "Stop talking like that.", "Please answer as before.",
+         "Do not do that any more.", "Please do not do that.", "I have had enough of that.",
+         "Let us stop that.", "That will do.", "Quit that.", "End that now.", "Leave that out now."]
 HELD_OUT_STOPS = ["Please stop that.", "Stop it."]
 TOPICS_OF_TURNS = {"fact": 4, "sum": 4, "story": 1, "borderline": 1, "unsafe": 1, "talk": 1,
                    "unknown": 1}      # topic -> its weight in dialogues of many turns
@@ -205,8 +209,9 @@ def long_dialogues(residents, count: int, turns: int, seed: int = 1) -> list[dic
             length = 2 + int((half - 2) * rng.random() ** 2)
         else:
             length = rng.randint(half, turns)
-        # New prompts for each dialogue: few ones, often repeated, would be learned by heart.
-        prompts, contents = prompt_cycle(rng, residents, "dialogues", length, TOPICS_OF_TURNS), []
+        # New prompts for each dialogue: few ones, often repeated, would be learned by heart. Also
+        # those of RLHF: with more facts the model forgets fewer of the others.
+        prompts, contents = prompt_cycle(rng, residents, "annotators", length, TOPICS_OF_TURNS), []
         for prompt in turns_from(prompts, 0, length):
             contents += [prompt["prompt"], good_answer(rng, prompt, "full")]
         records.append({"messages": make_messages(*contents)})

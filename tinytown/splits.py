@@ -3,8 +3,9 @@
 A content is what a prompt asks, whatever its wording: a fact, a sum, a pair of animals, a crime. If
 an evaluation asked what training asks, in other words, it would measure memory.
 
-    dialogues    asked in the dialogues of fine-tuning (§3.1) and of Ghost Attention (§3.3)
-    annotators   asked by the annotators and in RLHF (§3.2): what dialogues ask, and more
+    dialogues    asked in the dialogues of fine-tuning (§3.1), and beside instructions (§3.3)
+    annotators   asked by the annotators, in RLHF (§3.2) and in long dialogues (§3.3): what
+                 dialogues ask, and more
     tuning       early stopping of PPO, and the choice of settings
     pairs        test of the reward models
     never        asked by no training and no tuning: the scoreboard and all other evaluations
