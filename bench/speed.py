@@ -144,26 +144,29 @@ def peer_rate(process, **request) -> float:
     return float(line)
 
 
-def matmul_rate(dtype) -> float:
-    """GFLOP/s of the product of two 1024 x 1024 matrices, the best of ten."""
-    a, b = torch.randn(2, 1024, 1024, dtype=dtype)
-    best = 0.0
+def fastest(work, device="cpu") -> float:
+    """Seconds of work(), the best of ten."""
+    best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
-        a @ b
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - start) / 1e9)
+        work()
+        if torch.device(device).type == "cuda":  # which returns before the work is done
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
     return best
 
 
-def bandwidth() -> float:
-    """GB/s of memory, reading and writing, for a copy of 256 MB; the best of five."""
-    a, best = torch.ones(1 << 26), 0.0
+def matmul_rate(dtype, device="cpu", size: int = 1024) -> float:
+    """GFLOP/s of the product of two size x size matrices, the best of ten."""
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+    return 2 * size**3 / fastest(lambda: a @ b, device) / 1e9
+
+
+def bandwidth(device="cpu", size: int = 1 << 26) -> float:
+    """GB/s of memory, reading and writing, for a copy of `size` numbers; the best of ten."""
+    a = torch.ones(size, device=device)
     b = torch.empty_like(a)
-    for _ in range(5):
-        start = time.perf_counter()
-        b.copy_(a)
-        best = max(best, 2 * 4 * a.numel() / (time.perf_counter() - start) / 1e9)
-    return best
+    return 2 * 4 * size / fastest(lambda: b.copy_(a), device) / 1e9
 
 
 def peers(options):

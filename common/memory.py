@@ -194,6 +194,20 @@ def args_of(folder) -> ModelArgs | None:
     return ModelArgs(**load_params(folder, vocab_size=32000))
 
 
+def settings_of(config, device, stage: str, args: ModelArgs) -> Settings:
+    """The planner's settings for a stage with a training script's settings on this machine."""
+    # Texts may be shorter than the context, so without --seq-len, plan for 1,024 tokens at most.
+    values = {"seq_len": min(args.max_seq_len, 1024)} | vars(config)
+    names = ("shard", "checkpoint_activations", "micro_batch", "seq_len", "max_new_tokens", "keep")
+    return Settings(
+        stage=stage,
+        gpus=rank_and_world_size()[1],
+        gpu_memory=memory_of(device) / GB,
+        dtype=matmul_dtype(config.dtype, device),
+        **{name: values[name] for name in names if name in values},
+    )
+
+
 def check_memory(config, device, stage: str, args: ModelArgs | None = None):
     """ValueError with the options that help if a stage does not fit in the GPU's memory.
 
@@ -206,16 +220,7 @@ def check_memory(config, device, stage: str, args: ModelArgs | None = None):
     args = args or args_of(config.init)
     if not args:
         return
-    # Texts may be shorter than the context, so without --seq-len, plan for 1,024 tokens at most.
-    values = {"seq_len": min(args.max_seq_len, 1024)} | vars(config)
-    names = ("shard", "checkpoint_activations", "micro_batch", "seq_len", "max_new_tokens", "keep")
-    settings = Settings(
-        stage=stage,
-        gpus=rank_and_world_size()[1],
-        gpu_memory=available / GB,
-        dtype=matmul_dtype(config.dtype, device),
-        **{name: values[name] for name in names if name in values},
-    )
+    settings = settings_of(config, device, stage, args)
     needed = peak(settings, args)
     if needed > 1.1 * available:
         raise ValueError(

@@ -36,7 +36,11 @@ def execute(command, monkeypatch):
     if command.startswith("train_rlhf.py"):
         is_ppo = "--method ppo" in command
         command += " --batch-size 4 --mini-batch 4" if is_ppo else " --samples 2"
-    words = shlex.split(command)
+    run_words(shlex.split(command), monkeypatch)
+
+
+def run_words(words, monkeypatch):
+    """Run Python with these words in this process."""
     module = words[0] == "-m"
     name, *options = words[1:] if module else words
     monkeypatch.setattr(sys, "argv", [name, *options])
