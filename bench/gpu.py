@@ -26,7 +26,7 @@ from common import memory
 from common.memory import GB
 from common.run import Stopped
 from common.settings import parse_settings, stop as exit_with
-from common.training import adamw, all_gather, barrier, clip_and_step, ddp, print0, setup, shard
+from common.training import adamw, all_gather, barrier, clip_and_step, ddp, print0, setup, to_device
 from llama2 import SIZES, ModelArgs, Transformer, generate, matmul_dtype
 from train_pretrain import next_token_loss
 
@@ -153,11 +153,9 @@ def train(device: str, size: str, *options: str):
         return row(what, "does not fit", f"the plan: {planned / GB:.1f} GB")
 
     torch.manual_seed(1)
-    with device:
-        model = Transformer(args)
+    with torch.device("cpu") if sharded else device:
+        model = to_device(Transformer(args), device, sharded)
     model.matmul_dtype = settings.dtype
-    if sharded:
-        shard(model)
     optimizer, ddp_model = adamw(model, 1e-4), ddp(model)
 
     def step() -> float:

@@ -111,7 +111,7 @@ def training_parts(config: Settings, args: ModelArgs) -> dict[str, float]:
 
 
 def plan(config: Settings, args: ModelArgs) -> dict[str, dict[str, float]]:
-    """{phase: {part: bytes}} of each GPU; a phase is loading, training, evaluation or sampling."""
+    """{phase: {part: bytes}} of each GPU; a phase is training, evaluation or sampling."""
     D, F = args.dim, args.ffn_dim
     total, products, _ = count(args)
     short = 2 if config.dtype == "bfloat16" else 4
@@ -120,7 +120,6 @@ def plan(config: Settings, args: ModelArgs) -> dict[str, dict[str, float]]:
     # The other phases keep no activations, and gradients are freed before them.
     other = dict(held)
     if config.shard and config.gpus > 1:
-        phases = {"loading": {"weights": held["weights"], "whole model": 4 * total}} | phases
         other["whole model"] = short * products + 4 * (total - products)
     else:
         other["bfloat16 copies of weights"] = 2 * products * (short == 2)
@@ -167,7 +166,7 @@ def advice(config: Settings, args: ModelArgs) -> str:
     for gpus in (2**n for n in range(1, 12)):
         if gpus > config.gpus and peak(replace(best, gpus=gpus), args) < config.gpu_memory * GB:
             return f"it takes {gpus} GPUs with --shard --checkpoint-activations --micro-batch 1"
-    return "no number of such GPUs is enough, because each loads a whole model"
+    return "no number of such GPUs is enough, because each gathers a whole model"
 
 
 def budget(config: Settings, args: ModelArgs) -> dict[str, float]:

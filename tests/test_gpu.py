@@ -9,11 +9,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_own_data import run_words
 from torch.distributed.run import get_args_parser
 
 import train_pretrain
-from conftest import ROOT, make_model
+from conftest import ROOT, make_model, weights
 from llama2 import SIZES, save
 
 SMALL = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8)  # for tiny and 1B
@@ -88,7 +89,8 @@ def folder(tmp_path_factory, inputs, tok):
     """The files that the commands read."""
     folder = tmp_path_factory.mktemp("gpu")
     shutil.copytree(inputs.tokens, folder / "out/mine/tokens")
-    save(folder / "llama-2-7b", make_model(n_kv_heads=4, vocab_size=tok.vocab_size), tok)
+    model = make_model(n_kv_heads=4, vocab_size=tok.vocab_size).bfloat16()  # as Meta's
+    save(folder / "llama-2-7b", model, tok)
     for name in ("mine", "pairs", "prompts", "val", "compare"):
         path = dict(mine=inputs.dialogues, pairs=inputs.pairs, val=inputs.val_prompts)
         shutil.copy(path.get(name, inputs.prompts), folder / f"{name}.jsonl")
@@ -181,6 +183,7 @@ def test_the_commands_with_torchrun_run_with_two_processes(folder, script, input
         assert out.suffix == ".jsonl" or [*out.rglob("consolidated.00.pth")], out
         assert out.exists()
     assert len(of_script) == 4
+    assert {weight.dtype for weight in weights(folder / "out/chat-7b").values()} == {torch.float32}
 
 
 def test_two_machines_run_the_command_of_the_page(folder):

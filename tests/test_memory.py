@@ -214,6 +214,6 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused_with_the_option_that_helps
     expect_error(script, config, "each GPU would need", "and has 0.0: give --micro-batch 1: ")
     assert not model_folder(config).exists() or name == "pretrain"
     monkeypatch.setattr(memory, "memory_of", lambda device: 1e5)
-    expect_error(script, config, "no number of such GPUs is enough, because each loads")
+    expect_error(script, config, "no number of such GPUs is enough, because each gathers")
     monkeypatch.setattr(memory, "memory_of", lambda device: 1e9)
     memory.check_memory(config, torch.device("cpu"), name)
