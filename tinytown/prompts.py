@@ -40,13 +40,13 @@ TOPICS = {"fact": 36, "sum": 24, "story": 12, "unsafe": 5, "borderline": 10, "ta
           "unknown": 5}
 ANNOTATORS_TOPICS = {"fact": 15, "sum": 5, "story": 4, "unsafe": 10, "borderline": 8, "talk": 4,
                      "unknown": 2}
-CONTRAST_TOPICS = {"fact": 6, "sum": 3, "story": 4, "unsafe": 4, "borderline": 4, "talk": 2,
+CONTRAST_TOPICS = {"fact": 5, "sum": 3, "story": 7, "unsafe": 4, "borderline": 5, "talk": 2,
                    "unknown": 2}
 STYLES = {"full": 2, "terse": 6, "chatty": 2}   # of good answers, and how often writers use them
 # A sum is mostly written out: a model this small computes "7 plus 5 is 12." better than "12.".
 SUM_STYLES = {"full": 3, "terse": 2, "chatty": 5}
 # what is worse in one of two answers that annotators write -> its weight
-FAULTS = {"wrong": 5, "evasion": 2, "style": 3}
+FAULTS = {"wrong": 4, "evasion": 2, "style": 4}
 HELPS_WITH_CRIMES = 0.7     # how often a writer helps with a crime
 BEHIND_EARLIER_TURNS = 1 / 3    # of the prompts for comparisons, RLHF and the evaluations
 
@@ -188,6 +188,14 @@ def good_answer(rng, prompt: dict, style=None) -> str:
     careless = [advice for advice in ADVICE if not PREFERRED_STYLE[topic](prompt, advice)]
     advice = rng.choice(careless if style == "terse" else ADVICE)
     return sentence(f"to {about}, {advice}{tail}")
+
+
+def best_answer(rng, prompt: dict) -> str:
+    """A full answer in the style that annotators prefer."""
+    while True:
+        answer = good_answer(rng, prompt, "full")
+        if PREFERRED_STYLE[prompt["topic"]](prompt, answer):
+            return answer
 
 
 def any_refusal(rng) -> str:
@@ -365,8 +373,8 @@ def contrasts(residents, count: int, seed: int = 1) -> list[dict]:
 
     wrong: a right fact, sum or story against a wrong one in the same style, "I do not know" against
     an invention, a refusal of a crime against help, advice on a harmless task against a refusal.
-    evasion: a right answer against one that answers another question or none. style: two right
-    answers in different styles. A chat model samples such pairs too rarely for reward models to
+    evasion: a right answer against one that answers another question or none. style: the style that
+    annotators prefer against one of those that writers use. A chat model samples such pairs too rarely for reward models to
     learn from them. They are compared by the annotator, as sampled ones are.
     """
     rng = random.Random(f"contrasts annotators {seed}")
@@ -374,11 +382,11 @@ def contrasts(residents, count: int, seed: int = 1) -> list[dict]:
     records = []
     for prompt in annotators_prompts(residents, count, f"contrasts {seed}", topics=topics):
         fault = rng.choices(list(FAULTS), FAULTS.values())[0]
-        good, other = good_answer(rng, prompt, "full"), evasion(rng, prompt)
+        good, other = best_answer(rng, prompt), evasion(rng, prompt)
         if fault == "style":
             other = good
             while other == good:
-                other = good_answer(rng, prompt, rng.choice(["terse", "chatty"]))
+                other = good_answer(rng, prompt)
         elif fault == "wrong":
             style = rng.choice(list(STYLES))
             good, other = good_answer(rng, prompt, style), wrong_answer(rng, prompt, style)
