@@ -359,7 +359,7 @@ def test_a_written_pair_differs_in_truth_or_in_style_and_both_answers_are_in_goo
         if re.search("do not know|sorry", b if first else a):
             seen["evasion", prompt["topic"]] += first is not second
     assert {prompt["topic"] for prompt, *_ in pairs} == set(prompts.TOPICS)
-    assert 80 < seen["both"] < 160  # three in ten differ in style
+    assert 110 < seen["both"] < 200  # four in ten differ in style
     assert 100 < seen["first"] < 180 and 100 < seen["second"] < 180
     for topic in ("fact", "sum", "story", "unsafe", "borderline"):
         assert seen["evasion", topic]

@@ -185,17 +185,10 @@ def good_answer(rng, prompt: dict, style=None) -> str:
         return "I do not know." if style == "terse" else sentence(f"I do not know {about}{tail}")
     if topic == "unsafe":
         return rng.choice(REFUSALS[rng.choices(list(REFUSALS), [5, 3, 2])[0]])
-    careless = [advice for advice in ADVICE if not PREFERRED_STYLE[topic](prompt, advice)]
-    advice = rng.choice(careless if style == "terse" else ADVICE)
+    with_care = [advice for advice in ADVICE if PREFERRED_STYLE[topic](prompt, advice)]
+    careless = [advice for advice in ADVICE if advice not in with_care]
+    advice = rng.choice({"terse": careless, "full": with_care, "chatty": ADVICE}[style])
     return sentence(f"to {about}, {advice}{tail}")
-
-
-def best_answer(rng, prompt: dict) -> str:
-    """A full answer in the style that annotators prefer."""
-    while True:
-        answer = good_answer(rng, prompt, "full")
-        if PREFERRED_STYLE[prompt["topic"]](prompt, answer):
-            return answer
 
 
 def any_refusal(rng) -> str:
@@ -373,8 +366,8 @@ def contrasts(residents, count: int, seed: int = 1) -> list[dict]:
 
     wrong: a right fact, sum or story against a wrong one in the same style, "I do not know" against
     an invention, a refusal of a crime against help, advice on a harmless task against a refusal.
-    evasion: a right answer against one that answers another question or none. style: the style that
-    annotators prefer against one of those that writers use. A chat model samples such pairs too rarely for reward models to
+    evasion: a right answer against one that answers another question or none. style: two right
+    answers in different styles. A chat model samples such pairs too rarely for reward models to
     learn from them. They are compared by the annotator, as sampled ones are.
     """
     rng = random.Random(f"contrasts annotators {seed}")
@@ -382,11 +375,15 @@ def contrasts(residents, count: int, seed: int = 1) -> list[dict]:
     records = []
     for prompt in annotators_prompts(residents, count, f"contrasts {seed}", topics=topics):
         fault = rng.choices(list(FAULTS), FAULTS.values())[0]
-        good, other = best_answer(rng, prompt), evasion(rng, prompt)
+        good, other = good_answer(rng, prompt, "full"), evasion(rng, prompt)
         if fault == "style":
+            # A chatty story, greeting or thanks is a full one: the annotator would guess.
+            alike = prompt["topic"] in ("story", "talk")
             other = good
             while other == good:
-                other = good_answer(rng, prompt)
+                other = good_answer(
+                    rng, prompt, rng.choice(["terse", "terse" if alike else "chatty"])
+                )
         elif fault == "wrong":
             style = rng.choice(list(STYLES))
             good, other = good_answer(rng, prompt, style), wrong_answer(rng, prompt, style)
