@@ -22,8 +22,9 @@ figures: .venv/ready
 	$(BIN)/python -m evaluate.figures out --out docs/figures
 	$(BIN)/python -m evaluate.drawings out --out docs/figures
 
+# What paper.sh wrote, and nothing of your own.
 clean:
-	rm -rf out
+	cd out && rm -rf tinytown pretrain sft preferences rm rlhf instructed gatt results quick *.txt *.log
 
 .venv/ready: requirements-tested.txt
 	$(PYTHON) -m venv .venv

@@ -96,7 +96,7 @@ if [ "$QUICK" ]; then
     v=2
     train_version --method ppo --iterations 6 --eval-every 6
     examine quick evaluate.answers "$OUT/sft" "$OUT"/rlhf/v{1,2} --prompts "$TOWN/held-out.jsonl"
-    echo "Now talk to it: python llama2.py chat $OUT/rlhf/v2"
+    echo "Now talk to it: ${PYTHON:-python3} llama2.py chat $OUT/rlhf/v2"
     exit
 fi
 for v in 1 2 3; do a_round $v; done

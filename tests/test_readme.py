@@ -35,6 +35,9 @@ def commands_of(page: str) -> list[str]:
     text = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
     quoted = re.findall(r"`(python [^`]+)`", text)
     quoted += re.findall(r"^\$ (python .*)$", (ROOT / page).read_text(), re.M)
+    if page == "README.md":
+        start = (ROOT / page).read_text().split("## Start")[1].split("\n## ")[0]
+        quoted += re.findall(r"^(python .*)$", start, re.M)
     return [" ".join(command.split()).removeprefix("python ") for command in quoted]
 
 
@@ -63,7 +66,7 @@ def make_out(folder, inputs, town):
 )
 def test_the_commands_of_a_page_run_as_written(tmp_path, inputs, town, monkeypatch, capsys, page):
     make_out(tmp_path / "out", inputs, town)
-    for name in ("llama-2-7b-chat", "out/mine/chat"):
+    for name in ("llama-2-7b-chat", "out/mine/chat", "out/quick/rlhf/v2"):
         shutil.copytree(inputs.base, tmp_path / name)
     shutil.copy(inputs.prompts, tmp_path / "test.jsonl")
     monkeypatch.chdir(tmp_path)
