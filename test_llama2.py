@@ -1162,6 +1162,8 @@ def test_reward_models_fit_the_context_and_safety_is_optional(tmp_path, tok, rm_
         train_rlhf.load_reward_models(rm_folder, policy, tok, "policy")
     policy.args = replace(policy.args, max_seq_len=64)
     save(tmp_path / "helpfulness", make_reward_model(tok), tok)
+    (tmp_path / "safety").mkdir()  # a run that was refused leaves its lock
+    (tmp_path / "safety/.lock").touch()
     models = train_rlhf.load_reward_models(tmp_path, policy, tok, "policy")
     assert list(models) == ["helpfulness"]
     assert "only the helpfulness model gives the rewards" in capsys.readouterr().out
