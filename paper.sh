@@ -33,7 +33,7 @@ in_background() {
 }
 wait_for_background() { wait $background || { cat "$OUT/beside.log"; exit 1; }; }
 
-# Threads of PyTorch that wait for each other spin. Briefly is as fast, and four times as fast beside
+# Threads of PyTorch that wait for each other spin. Briefly is as fast, and many times as fast beside
 # other work, which then gets the core.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
 summary=$OUT/summary.txt threads= seed=$SEED
@@ -55,8 +55,10 @@ examine recall evaluate.answers "$OUT/pretrain" --probes "$TOWN/probes.jsonl"
 # §3.1: supervised fine-tuning on dialogues makes it a chat model.
 run train_sft.py --resume $(few --epochs 1 --val-fraction 0.01) --init "$OUT/pretrain" \
     --data "$TOWN/dialogues.jsonl${QUICK:+:2.2}" "$TOWN/replay.jsonl:2" --out "$OUT/sft"
-examine sft evaluate.answers "$OUT/pretrain" "$OUT/sft" --show 1 \
-    --prompts "$TOWN/held-out.jsonl"
+if [ -z "$QUICK" ]; then
+    examine sft evaluate.answers "$OUT/pretrain" "$OUT/sft" --show 1 \
+        --prompts "$TOWN/held-out.jsonl"
+fi
 
 # §3.2: five rounds of RLHF, V1 to V5. In each, the two newest models answer and the annotator
 # compares their answers. Both reward models continue training on these pairs and on some of the
@@ -98,7 +100,8 @@ if [ "$QUICK" ]; then
     train_version
     v=2
     train_version --method ppo --iterations 6 --eval-every 6
-    examine quick evaluate.answers "$OUT/sft" "$OUT"/rlhf/v{1,2} --prompts "$TOWN/held-out.jsonl"
+    examine quick evaluate.answers "$OUT/sft" "$OUT"/rlhf/v{1,2} --show 1 \
+        --prompts "$TOWN/held-out.jsonl"
     echo "Now talk to it: ${PYTHON:-python3} llama2.py chat $OUT/rlhf/v2"
     exit
 fi
