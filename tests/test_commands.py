@@ -380,3 +380,9 @@ def test_a_mistake_at_the_command_line_of_llama2_is_one_line(
     error = capsys.readouterr().err
     assert (e.value.code, error.count("\n")) == (2, 1)
     assert words in error
+
+
+def test_a_missing_file_that_nobody_typed_is_named_as_a_default():
+    path = train_rlhf.Settings.val_prompts[0]
+    assert runs.where_from(train_rlhf.Settings, path) == ". It is the default of --val-prompts"
+    assert runs.where_from(train_rlhf.Settings, "mine.jsonl") == ""
