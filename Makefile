@@ -24,7 +24,8 @@ figures: .venv/ready
 
 # What paper.sh wrote, and nothing of your own.
 clean:
-	cd out && rm -rf tinytown pretrain sft preferences rm rlhf instructed gatt results quick *.txt *.log
+	rm -rf $(addprefix out/,tinytown pretrain sft preferences rm rlhf instructed gatt results quick \
+		summary.txt summary-beside.txt beside.log)
 
 .venv/ready: requirements-tested.txt
 	$(PYTHON) -m venv .venv

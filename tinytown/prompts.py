@@ -379,11 +379,10 @@ def contrasts(residents, count: int, seed: int = 1) -> list[dict]:
         if fault == "style":
             # A chatty story, greeting or thanks is a full one: the annotator would guess.
             alike = prompt["topic"] in ("story", "talk")
+            styles = ["terse", "terse" if alike else "chatty"]
             other = good
             while other == good:
-                other = good_answer(
-                    rng, prompt, rng.choice(["terse", "terse" if alike else "chatty"])
-                )
+                other = good_answer(rng, prompt, rng.choice(styles))
         elif fault == "wrong":
             style = rng.choice(list(STYLES))
             good, other = good_answer(rng, prompt, style), wrong_answer(rng, prompt, style)
