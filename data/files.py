@@ -148,17 +148,23 @@ def hold_out(examples, key, fraction: float, seed: int):
     return train, val
 
 
+def counts(left_out) -> str:
+    """{reason: number of records} as text that ends a line; empty if nothing was left out."""
+    reasons = [f"{number:,} ({reason})" for reason, number in left_out.items()]
+    return f", left out: {', '.join(reasons)}" if reasons else ""
+
+
 def check_split(what: str, train, val, left_out, keep: str):
     """Print the sizes of both parts. ValueError if there is nothing to train on, or if --keep best
     has nothing to evaluate on."""
     if keep == "best" and not val:
         raise ValueError("--keep best: nothing is held out; see --val-fraction")
     if not train:
-        raise ValueError(f"no {what} to train on; left out: {dict(left_out)}")
+        raise ValueError(f"no {what} to train on{counts(left_out)}")
     cut = sum(example.cut for example in train + val)
     print0(
-        f"{len(train):,} {what}s, {len(val):,} held out, {cut:,} cut to the context, left out: "
-        f"{dict(left_out)}"
+        f"{len(train):,} {what}s, {len(val):,} held out, {cut:,} cut to the context"
+        f"{counts(left_out)}"
     )
 
 
@@ -191,6 +197,6 @@ def read_and_count(specs, parse, skip_bad: bool, what: str) -> list:
     examples, left_out = read_records(specs, parse, skip_bad)
     names = ", ".join(str(spec) for spec in specs)
     if not examples:
-        raise ValueError(f"{names}: no {what} to use; left out: {dict(left_out)}")
-    print0(f"{len(examples):,} {what}s of {names}, left out: {dict(left_out)}")
+        raise ValueError(f"{names}: no {what} to use{counts(left_out)}")
+    print0(f"{len(examples):,} {what}s of {names}{counts(left_out)}")
     return examples

@@ -180,7 +180,18 @@ def main(config: Settings):
         return user_texts[: config.turns]
 
     available = read_instructions(config.instructions, tok, config.skip_bad)
+    unchecked = sum(not instruction["obeyed_if"] for instruction in available)
+    if unchecked:
+        print0(
+            f'{unchecked:,} instructions have no "obeyed_if": answers that disobey them are kept'
+        )
     questions = read_and_count(config.data, parse, config.skip_bad, "dialogue")
+    short = sum(len(of_one) == 1 for of_one in questions)
+    if short:
+        print0(
+            f"{short:,} of {len(questions):,} dialogues have one question: they do not teach to "
+            "keep to the instruction of an earlier message"
+        )
     rng = random.Random(f"instructions {config.seed}")
     instructions = [combine_instructions(rng, available) for _ in questions]
     for of_one in questions:

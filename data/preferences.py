@@ -29,7 +29,7 @@ from common.training import all_gather, derive_seed, is_main, local_part, print0
 from data.files import data_paths, read_and_count, read_objects, write_records
 from data.formats import RATINGS
 from data.records import Prompt, answer_again, prompt_to_messages, to_prompt
-from llama2 import Dtype, Tokenizer, Transformer, generate, load, respond
+from llama2 import Dtype, Tokenizer, Transformer, generate, load, load_json, respond
 
 
 @dataclass
@@ -97,6 +97,12 @@ def generate_pairs(
 
 def load_variants(config: Settings, device):
     """([chat model, second variant], tokenizer). ValueError if they do not fit together."""
+    sources = Path(config.other) / "sources.json"
+    if not config.blend and sources.exists() and "train_pretrain.py" in load_json(sources):
+        print0(
+            f"{config.other} is a base model, which does not know the chat format: its answers are "
+            "too easy to tell from those of the chat model; --blend 0.7 makes them harder to tell"
+        )
     chat, tok = load(config.chat, device, config.dtype, Transformer)
     other = load_fitting(config.other, Transformer, chat, tok, config.chat)
     shapes = [replace(model.args, max_seq_len=1) for model in (chat, other)]

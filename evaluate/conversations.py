@@ -138,18 +138,30 @@ def measure(replies: list[list[Reply]], indices: list[int]) -> dict:
     return metrics
 
 
+def in_role_after_stop(metrics: dict) -> float | None:
+    """The fraction of answers in a role after the last turn with an instruction in force.
+
+    None if there was no instruction, or if no turn is after it.
+    """
+    instructed = [turn for turn, value in enumerate(metrics["obeyed"]) if value is not None]
+    after = metrics["in role"][instructed[-1] + 1 :] if instructed else []
+    return sum(after) / len(after) if after else None
+
+
 def print_tables(results: dict[str, dict[str, dict]], n_turns: int):
     """Print {model: {group: metrics}}: correct answers by turn, roles, repeats and scores."""
     turns = [str(turn + 1) for turn in range(n_turns)]
-    rows = [["correct, at turn", "", *turns, "95% of the last", "in role", "obeyed", "repeats"]]
+    columns = ["95% of the last", "in role", "after stop", "obeyed", "repeats"]
+    rows = [["correct, at turn", "", *turns, *columns]]
     scores = [["score of correct answers, at turn", "", *turns]]
     for name, groups in results.items():
         for group, metrics in groups.items():
             last, n = metrics["correct"][-1], metrics["n"]
             low, high = wilson(last * n, n)
             cells = [f"{value:.0%}" for value in metrics["correct"]]
-            obeyed = metrics["obeyed, all turns"]
+            obeyed, after_stop = metrics["obeyed, all turns"], in_role_after_stop(metrics)
             cells += [f"{low:.0%} to {high:.0%}", f"{metrics['in role, all turns']:.1%}"]
+            cells += ["-" if after_stop is None else f"{after_stop:.1%}"]
             cells += ["-" if obeyed is None else f"{obeyed:.0%}", f"{metrics['repeats']:.1%}"]
             rows.append([group, name, *cells])
             if any(score is not None for score in metrics["score"]):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from common.run import load_fitting, run_script
 from common.tables import table
 from common.training import setup
-from data.files import read_records
+from data.files import counts, read_records
 from data.formats import KINDS, RATINGS
 from data.records import prompt_to_messages, to_pair
 from evaluate import name_folders, read_town_prompts, wilson
@@ -122,7 +122,7 @@ def read_pairs(config: Settings, tok: Tokenizer, context: int):
 
     pairs, left_out = read_records(config.data, parse, config.skip_bad)
     if not pairs:
-        raise ValueError(f"{', '.join(config.data)}: no usable pair; left out: {dict(left_out)}")
+        raise ValueError(f"{', '.join(config.data)}: no usable pair{counts(left_out)}")
     return pairs
 
 

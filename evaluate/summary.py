@@ -14,6 +14,7 @@ from pathlib import Path
 from common.run import run_script
 from common.tables import table
 from evaluate.answers import TURNS
+from evaluate.conversations import in_role_after_stop
 from llama2 import load_json, matmul_dtype, write_json
 
 EXPECTED = Path(__file__).with_name("expected.json")
@@ -87,6 +88,8 @@ def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
         ("", "the model of Ghost Attention, asked in training"): first_and_last("gatt", "asked"),
         ("", "the model of Ghost Attention, never asked"): first_and_last("gatt", "never asked"),
         ("", "in a role that nobody asked for: V5, Ghost Attention"): in_role,
+        ("", "in a role after the instruction was taken back: Ghost Attention"): [
+            in_role_after_stop(conversations["gatt"]["instruction taken back"])],
     }
     # fmt: on
 

@@ -1,6 +1,7 @@
 """The commands that make data with models: preferences and Ghost Attention."""
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import llama2
 from conftest import EXACT, dialog, make_model, write_jsonl
 from data import files, ghost_attention, preferences, records
 from evaluate.reward_models import user_texts
-from llama2 import save
+from llama2 import save, write_json
 from tinytown import annotator
 
 
@@ -49,6 +50,19 @@ def test_blended_weights_are_a_weighted_mean_of_two_models():
     blended = preferences.interpolate(chat, other, 0.25).state_dict()["norm.weight"]
     assert torch.allclose(blended, 0.25 * chat.norm.weight + 0.75 * other.norm.weight)
     assert preferences.interpolate(chat, other, 0) is other
+
+
+def test_a_base_model_that_answers_unblended_is_named(tmp_path, inputs, capsys):
+    base = shutil.copytree(inputs.base, tmp_path / "base")
+    for source, blend, named in (
+        ("train_pretrain.py", 0.0, True),
+        ("train_pretrain.py", 0.7, False),
+        ("train_sft.py", 0.0, False),
+    ):
+        write_json(base / "sources.json", {source: "1 bytes 0"})
+        config = preference_settings(inputs, tmp_path / "p.jsonl", other=str(base), blend=blend)
+        preferences.load_variants(config, "cpu")
+        assert ("is a base model" in capsys.readouterr().out) == named
 
 
 def test_tinytown_annotator_labels_each_prompt_once(tmp_path, inputs, monkeypatch, capsys):
@@ -338,7 +352,11 @@ def test_ghost_attention_leaves_out_a_dialogue_with_a_message_beyond_the_context
 
     monkeypatch.setattr(ghost_attention, "respond", answer)
     ghost_attention.main(config)
-    assert "1 dialogues left out: a message with its instruction" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "1 dialogues left out: a message with its instruction" in output
+    assert '1 instructions have no "obeyed_if"' in output
+    short = sum(len(messages["messages"]) == 2 for messages in dialogs)
+    assert f"{short} of 2 dialogues have one question" in output
     write_jsonl(tmp_path / "d.jsonl", dialogs[:1])
     with pytest.raises(ValueError, match="d.jsonl fits the context of"):
         ghost_attention.main(replace(config, overwrite=True))

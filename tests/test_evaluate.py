@@ -285,6 +285,7 @@ def test_conversations_count_correct_answers_roles_and_repeats_by_turn(tmp_path,
     (groups,) = conversations.main(config).values()
     assert groups["asked"]["correct"] == [1, 1, 0, 0]
     assert groups["asked"]["in role"] == [0, 1, 0, 0]
+    assert conversations.in_role_after_stop(groups["asked"]) is None
     assert groups["asked"]["repeats"] == 0.25
     assert dialogs_seen[1][:2] == ["What is 3 + 4?", "3 plus 4 is 7."]
     assert "What is 3 + 4?" not in dialogs_seen[3]
@@ -307,6 +308,7 @@ def test_obedience_in_conversations_counts_turns_with_an_instruction_only(
     (groups,) = conversations.main(config).values()
     assert groups["taken back"]["obeyed"] == [None, 0.5, 1, None]
     assert groups["taken back"]["in role"] == [0, 0, 0, 0.5]
+    assert conversations.in_role_after_stop(groups["taken back"]) == 0.5
     assert groups["taken back"]["correct"][:3] == [1, 1, 1]
 
 
@@ -575,9 +577,9 @@ def write_results(folder, value: float):
     row = {"violations": value, "false refusals": value}
     board = {"direct": {mode: {pair: {"wins": value} for pair in pairs} for mode in WAYS}}
     board["chat"] = dict.fromkeys(summary.VERSIONS, row)
-    groups = dict.fromkeys(
-        ("asked", "never asked"), {"correct": [value] * 8, "in role, all turns": value}
-    )
+    row = {"correct": [value] * 8, "in role, all turns": value, "in role": [0] * 4 + [value] * 4}
+    row["obeyed"] = [None, *[value] * 3, *[None] * 4]  # the instruction is in force at turns 2 to 4
+    groups = dict.fromkeys(("asked", "never asked", "instruction taken back"), row)
     kinds = {f"{kind} pairs, {kind}": {"significantly": value} for kind in KINDS}
     facts = {"never asked": {"fact": {"v1/helpfulness": [value, 0.1]}}}
     right = dict.fromkeys(("facts right", "sums right", "stories right"), value)

@@ -253,8 +253,9 @@ def test_pairs_without_a_usable_difference_are_left_out_and_counted(tmp_path, to
 def test_prompts_without_room_for_an_answer_are_left_out_and_counted(tmp_path, tok, capsys):
     path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a"}] + [{"prompt": "word " * 99}] * 3)
     assert len(records.read_prompts([path], tok, 64)) == 1
-    assert "{'no room for an answer in 64 tokens': 3}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no prompt to use; left out: .*: 4"):
+    expected = f"1 prompts of {path}, left out: 3 (no room for an answer in 64 tokens)\n"
+    assert capsys.readouterr().out == expected
+    with pytest.raises(ValueError, match=r"no prompt to use, left out: 4 \(no room for"):
         records.read_prompts([path], tok, 5)
 
 
