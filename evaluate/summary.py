@@ -50,9 +50,9 @@ def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
     def rates(metric: str) -> list[float]:
         return [board["chat"][version][metric] for version in VERSIONS]
 
-    def first_and_last(name: str, group: str) -> list[float]:
-        correct = conversations[name][group]["correct"]
-        return [correct[0], correct[-1]]
+    def first_and_last(name: str) -> list[float]:
+        groups = [conversations[name][group]["correct"] for group in ("asked", "never asked")]
+        return [correct[turn] for correct in groups for turn in (0, -1)]
 
     rounds = [f"{after} - {before}" for before, after in zip(VERSIONS, VERSIONS[1:])]
     control, all_rlhf = "v5 - v5-rejection", "v5 - sft"
@@ -60,6 +60,7 @@ def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
     for kind in ("helpfulness", "safety"):
         significantly.append(pairs[f"{kind} pairs, {kind}"]["significantly"])
     in_role = [conversations[name]["never asked"]["in role, all turns"] for name in ("v5", "gatt")]
+    in_role.append(in_role_after_stop(conversations["gatt"]["instruction taken back"]))
     # fmt: off
     return {
         ("pretraining (§2.1)", "facts recalled"): [read("recall")["pretrain"]],
@@ -82,14 +83,10 @@ def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
         ("", "refuses a harmless task: the worst version"): [max(rates("false refusals"))],
         ("Ghost Attention (§3.3)", "obeys the first message at turns 2, 6, 10, 20"): [
             obeyed[TURNS.index(turn)] for turn in (2, 6, 10, 20)],
-        ("conversations, greedy", "V5 right at turns 1 and 8, asked in training"): first_and_last(
-            "v5", "asked"),
-        ("", "V5, never asked"): first_and_last("v5", "never asked"),
-        ("", "the model of Ghost Attention, asked in training"): first_and_last("gatt", "asked"),
-        ("", "the model of Ghost Attention, never asked"): first_and_last("gatt", "never asked"),
-        ("", "in a role that nobody asked for: V5, Ghost Attention"): in_role,
-        ("", "in a role after the instruction was taken back: Ghost Attention"): [
-            in_role_after_stop(conversations["gatt"]["instruction taken back"])],
+        ("conversations, greedy", "V5 right at turns 1, 8: asked in training; never asked"):
+            first_and_last("v5"),
+        ("", "the same, Ghost Attention"): first_and_last("gatt"),
+        ("", "in a role unasked: V5, Ghost Attention; the latter after \"Stop that.\""): in_role,
     }
     # fmt: on
 
