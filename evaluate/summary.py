@@ -86,7 +86,8 @@ def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
         ("conversations, greedy", "V5 right at turns 1, 8: asked in training; never asked"):
             first_and_last("v5"),
         ("", "the same, Ghost Attention"): first_and_last("gatt"),
-        ("", "in a role unasked: V5, Ghost Attention; the latter's after it was taken back"): in_role,
+        ("", "in a role unasked: V5, Ghost Attention; in one that was taken back: the latter"):
+            in_role,
     }
     # fmt: on
 
