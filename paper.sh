@@ -127,8 +127,8 @@ ghost_attention() {
     run -m data.ghost_attention --chat "$OUT/instructed" --data "$TOWN/long-dialogues.jsonl" \
         --instructions "$TOWN/instructions.jsonl" --out "$OUT/gatt/dialogues.jsonl"
     run train_sft.py --resume --no-pack --init "$OUT/instructed" --seq-len 1024 --epochs 1 \
-        --batch-size 3 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl:2" \
-        "$TOWN/instructed.jsonl:0.1" "$TOWN/stopped.jsonl" "$TOWN/long-dialogues.jsonl:2" \
+        --batch-size 3 --out "$OUT/gatt" --data "$OUT/gatt/dialogues.jsonl" \
+        "$TOWN/instructed.jsonl:0.1" "$TOWN/stopped.jsonl:2" "$TOWN/long-dialogues.jsonl:2" \
         "$OUT"/rlhf/v{1,2,3}/best.jsonl "$TOWN/replay.jsonl"
     examine obedience evaluate.answers "$OUT/instructed" "$OUT/gatt" --count 40 \
         --max-new-tokens 48 --obedience "$TOWN/obedience.jsonl"

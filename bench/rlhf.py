@@ -30,6 +30,7 @@ from llama2 import load, write_json
 from train_rlhf import load_reward_models, sample_k
 
 VERSIONS = (1, 2, 3, 4)  # of rejection sampling
+V1_LR = 5e-4  # of V1's reward models in paper.sh
 
 
 def scoreboard(seeds):
@@ -149,14 +150,16 @@ def contrasts(seeds):
     columns = {}
     for seed in seeds:
         start, out = run_paper(seed), OUT / f"contrasts/{seed}"
+        for kind in KINDS:
+            data = ["--data", start / "preferences/v1.jsonl", "--lr", V1_LR]
+            options = ["--init", start / "sft", "--seed", 100 * seed + 1, "--out", out / "rm"]
+            train("train_rm.py", "--kind", kind, *data, *options)
         folders = {}
-        for name, written in (("with", [start / "tinytown/contrasts.jsonl"]), ("without", [])):
-            for kind in KINDS:
-                data = ["--data", start / "preferences/v1.jsonl", *written]
-                options = ["--init", start / "sft", "--seed", seed, "--out", out / name / "rm"]
-                train("train_rm.py", "--kind", kind, *data, *options)
-            rm, ppo = out / name / "rm", ["--method", "ppo"]
-            version = out / name / "ppo"
+        for name, rm, version in (
+            ("with", start / "rm/v1", OUT / f"control/{seed}/ppo"),  # the same run as in control
+            ("without", out / "rm", out / "ppo"),
+        ):
+            ppo = ["--method", "ppo"]
             folders[name] = train_version(version, start, seed, "sft", rm, "prompts-v5", *ppo)
         options = ["--against", start / "sft", "--rm", start / "rm/v5"]
         options += ["--prompts", start / "tinytown/held-out.jsonl"]

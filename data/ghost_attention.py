@@ -52,7 +52,7 @@ class Settings:
     context: int = 1024  # longest dialogue, in tokens
     system: float = 0.3  # fraction of dialogues whose instruction becomes a system message
     alone: float = 0.1  # fraction of dialogues that begin with the instruction alone
-    beginnings: int = 3  # further examples per dialogue, cut after a random turn
+    beginnings: int = 8  # further examples per dialogue, cut after a random turn
     out: str = "out/gatt/dialogues.jsonl"  # dialogues for train_sft.py
     overwrite: bool = False  # replace an existing file
     seed: int = 1  # for drawing instructions and for sampling
