@@ -1229,7 +1229,7 @@ def test_answers_that_disobey_the_instruction_are_dropped_and_counted(tok, monke
 
 def test_sampled_dialog_gives_training_examples_of_several_lengths(tok):
     turns = [(f"q{i}", f"a{i}") for i in range(9)]
-    config = ghost_attention.Settings(system=0.0)
+    config = ghost_attention.Settings(system=0.0, beginnings=3)
     whole = ghost_attention.instruct_first_message("i", turns)
 
     def examples(config):
