@@ -8,6 +8,7 @@ results/: scoreboard.json, conversations.json and knowledge.json.
 """
 
 from bench import append_rows, margin, parse_args, print_table, read_results
+from evaluate.conversations import in_role_after_stop
 
 
 def add_comparisons(columns: dict, direct: dict[str, dict]):
@@ -24,7 +25,8 @@ def add_conversations(columns: dict, results: dict[str, dict]):
         for group, metrics in groups.items():
             correct = metrics["correct"]
             row = {f"correct at turn {turn}": correct[turn - 1] for turn in (1, 4, len(correct))}
-            row["in a role that nobody asked for"] = metrics["in role, all turns"]
+            row["in a role, not the one in force"] = metrics["in role, all turns"]
+            row["in a role after it was taken back"] = in_role_after_stop(metrics)
             row["repeats"] = metrics["repeats"]
             row["obeys the instruction in force"] = metrics["obeyed, all turns"]
             append_rows(columns, {f"{name}, {group}": row})
