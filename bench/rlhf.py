@@ -159,8 +159,8 @@ def contrasts(seeds):
             ("with", start / "rm/v1", OUT / f"control/{seed}/ppo"),  # the same run as in control
             ("without", out / "rm", out / "ppo"),
         ):
-            ppo = ["--method", "ppo"]
-            folders[name] = train_version(version, start, seed, "sft", rm, "prompts-v5", *ppo)
+            options = rm, "prompts-v5", "--method", "ppo"
+            folders[name] = train_version(version, start, seed, "sft", *options)
         options = ["--against", start / "sft", "--rm", start / "rm/v5"]
         options += ["--prompts", start / "tinytown/held-out.jsonl"]
         results = evaluate("evaluate.scoreboard", *folders.values(), *options)["chat"]
